@@ -1,0 +1,1 @@
+"""DeepSpeed: configuration, build, step, EMA, checkpoint. The only place that imports deepspeed."""

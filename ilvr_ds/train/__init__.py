@@ -1,0 +1,1 @@
+"""The training run: loop, metrics, progress. Ties data, objective and engine together."""
