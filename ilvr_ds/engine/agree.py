@@ -1,0 +1,24 @@
+"""Small agreements between ranks outside the training step: rank 0's decision, numbers of every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def gather_numbers(values: Sequence[float], device: torch.device) -> list[list[float]]:
+    """`values` of every rank, by rank: one all-gather of a few float64 numbers (world, n)."""
+    mine = torch.tensor(list(values), dtype=torch.float64, device=device)
+    everyone = torch.empty(dist.get_world_size() * mine.numel(), dtype=torch.float64, device=device)
+    dist.all_gather_into_tensor(everyone, mine)
+    return everyone.view(-1, mine.numel()).tolist()
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's `value` on every rank (any picklable object); what other ranks pass is ignored."""
+    box = [value if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,250 @@
+"""The training run: plan → batches → step → EMA → report → checkpoint, and back in after a stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ilvr_ds.config import Recipe, recipe_to_dict
+from ilvr_ds.contracts import StepReport
+from ilvr_ds.data.loader import StepLoader
+from ilvr_ds.data.plan import check_fits, steps_per_epoch
+from ilvr_ds.data.shards import ShardSet
+from ilvr_ds.data.tokens import ChatTokenizer
+from ilvr_ds.engine.agree import from_rank_zero, gather_numbers
+from ilvr_ds.engine.build import Engine, build_engine, init_distributed
+from ilvr_ds.engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from ilvr_ds.engine.step import train_step
+from ilvr_ds.errors import CheckpointError, ConfigError, TrainingError
+from ilvr_ds.model.flops import FlopsModel, peak_flops
+from ilvr_ds.objective.alignment import AlignmentObjective
+from ilvr_ds.train.metrics import METRICS_FILE, MetricsWriter, truncate_metrics
+from ilvr_ds.train.rundir import check_resumable, write_recipe
+from ilvr_ds.train.schedule import learning_rate
+from ilvr_ds.train.signals import StopRequest
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: told to stop by a signal; a checkpoint is there, submit the job again
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many optimizer steps a run has; all numbers follow from the index and the recipe."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+    @staticmethod
+    def of(recipe: Recipe, samples: int) -> Schedule:
+        """Epochs times steps per epoch, cut at run.max_steps."""
+        per_epoch = steps_per_epoch(samples, recipe.data.samples_per_step)
+        total = recipe.run.epochs * per_epoch
+        return Schedule(per_epoch, total if recipe.run.max_steps is None else min(total, recipe.run.max_steps))
+
+
+def train(recipe: Recipe) -> int:
+    """Run (or resume) a recipe on this rank. Returns the exit code: 0, or EXIT_STOPPED after a signal.
+
+    Raises IlvrError subclasses for anything the user can mend.
+    """
+    with StopRequest() as stop:
+        ranks = init_distributed()
+        shards = ShardSet.open(Path(recipe.data.shards))
+        tokenizer = ChatTokenizer.from_folder(Path(recipe.model.path))
+        shards.require(tokenizer, recipe.latent.size)
+        check_fits(shards.index, recipe.data.token_budget, shards.sample_id)
+        schedule = Schedule.of(recipe, len(shards.index))
+
+        run_dir = Path(recipe.run.dir)
+        checkpoints = run_dir / "checkpoints"
+        start = from_rank_zero(_find_start(recipe, run_dir, checkpoints) if ranks.rank == 0 else None)
+        if isinstance(start, str):  # rank 0 found a reason not to start; every rank leaves with it
+            raise ConfigError(start)
+
+        objective = AlignmentObjective.from_recipe(recipe, tokenizer.vocabulary, ranks.device)
+        engine = build_engine(objective, recipe)
+        done = 0
+        if start["checkpoint"] is not None:
+            state = load_checkpoint(engine, Path(start["checkpoint"]))
+            check_resumable(state["recipe"], recipe, start["checkpoint"])
+            if state["index_sha256"] != shards.manifest.index_sha256:
+                raise CheckpointError(
+                    f"{start['checkpoint']}: was trained on other shards than {recipe.data.shards} (the index differs); "
+                    "resume with the shards of that run, or start a new run in another run.dir"
+                )
+            done = state["step"]
+        run = _Run(recipe, schedule, engine, shards, tokenizer, checkpoints, start["checkpoint"])
+        return run.go(done, stop)
+
+
+def _find_start(recipe: Recipe, run_dir: Path, checkpoints: Path) -> dict[str, Any] | str:
+    """On rank 0: the checkpoint to go on from, or None for a fresh start; a string is a reason to refuse."""
+    newest = latest_checkpoint(checkpoints)
+    if recipe.run.resume:
+        return {"checkpoint": None if newest is None else str(newest)}
+    if newest is not None or (run_dir / METRICS_FILE).exists():
+        return f"run.resume=False, but {run_dir} already holds a run; choose another run.dir or remove it"
+    return {"checkpoint": None}
+
+
+class _Run:
+    """State of a running training job on one rank."""
+
+    def __init__(
+        self, recipe: Recipe, schedule: Schedule, engine: Engine, shards: ShardSet, tokenizer: ChatTokenizer,
+        checkpoints: Path, resumed_from: str | None,
+    ):  # fmt: skip
+        self.recipe, self.schedule, self.engine = recipe, schedule, engine
+        self.shards, self.tokenizer, self.checkpoints, self.resumed_from = shards, tokenizer, checkpoints, resumed_from
+        self.run_dir = Path(recipe.run.dir)
+        objective = engine.module
+        self.flops = FlopsModel(objective.student.config, recipe.model.train_vision)
+        on_gpu = engine.device.type == "cuda"
+        self.peak = peak_flops(torch.cuda.get_device_name(engine.device)) if on_gpu else None
+        self.writer: MetricsWriter | None = None
+        self.skipped_in_a_row = 0
+
+    def go(self, done: int, stop: StopRequest) -> int:
+        """Train from step `done` to the end, the pause the recipe asks for, or a signal."""
+        total = self.schedule.total_steps
+        last = total if self.recipe.run.stop_after is None else min(total, self.recipe.run.stop_after)
+        if self.engine.rank == 0:
+            write_recipe(self.run_dir, self.recipe)
+            truncate_metrics(self.run_dir, done)
+            self.writer = MetricsWriter(self.run_dir, total, done, self.recipe.run.tensorboard)
+            self._introduce(done, last)
+        loader = StepLoader(
+            self.shards, self.tokenizer, data=self.recipe.data, latent_size=self.recipe.latent.size,
+            reduction=self.recipe.loss.reduction, rank=self.engine.rank, world=self.engine.world,
+            seed=self.recipe.run.seed, start_step=done, end_step=last,
+        )  # fmt: skip
+        stopped = False
+        saved = done
+        try:
+            with loader:
+                begin = time.perf_counter()
+                for step, plan, batches in loader:
+                    stopped = self._one_step(step, plan, batches, loader.last_wait_s, begin, stop)
+                    done = step + 1
+                    if done % self.recipe.run.checkpoint_every == 0 or done == last or stopped:
+                        self._save(done)
+                        saved = done
+                    if stopped:
+                        break
+                    begin = time.perf_counter()
+            if saved == done and self.writer is not None and done < total:
+                self.writer.say(f"stopped after step {done} of {total}; start the same command again to go on")
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+        return EXIT_STOPPED if stopped and done < total else 0
+
+    def _introduce(self, done: int, last: int) -> None:
+        assert self.writer is not None
+        engine, recipe = self.engine, self.recipe
+        parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.student.parameters())
+        self.writer.say(
+            f"{recipe.name}: {len(self.shards.index)} samples, {self.schedule.steps_per_epoch} steps an epoch, "
+            f"{self.schedule.total_steps} steps in all; {engine.world} rank(s) on {engine.device.type}, "
+            f"ZeRO-{engine.zero_stage}, {recipe.model.dtype}, {parameters / 1e6:.2f} M parameters, "
+            f"attention {engine.module.student.attention}"
+        )
+        if self.resumed_from is not None:
+            self.writer.say(f"resumed after step {done} from {self.resumed_from}")
+        if last < self.schedule.total_steps:
+            self.writer.say(f"will pause after step {last} (run.stop_after)")
+
+    def _one_step(self, step: int, plan, batches: list, wait_s: float, begin: float, stop: StopRequest) -> bool:
+        """One optimizer step and its report. True: a signal asked to stop (on any rank)."""
+        recipe, engine = self.recipe, self.engine
+        lr = learning_rate(step, self.schedule.total_steps, recipe.optimizer)
+        noise_seed = recipe.run.seed * 1_000_003 + step
+        outcome = train_step(engine, batches, lr=lr, noise_seed=noise_seed)
+        flops = [self.flops.of_batch(batch) for batch in batches]
+        step_s = time.perf_counter() - begin
+        mine = [float(stop.asked), wait_s, step_s, _memory_gib(engine.device),
+                sum(f.student for f in flops), sum(f.teacher for f in flops)]  # fmt: skip
+        everyone = list(zip(*gather_numbers(mine, engine.device), strict=True))
+        step_s = max(everyone[2])
+        report = StepReport(
+            step=step + 1,
+            epoch=step // self.schedule.steps_per_epoch,
+            loss=outcome.loss,
+            ce=outcome.ce,
+            align=outcome.align,
+            lr=lr,
+            grad_norm=outcome.grad_norm,
+            applied=outcome.applied,
+            samples=plan.samples,
+            tokens=plan.tokens,
+            micro_batches=plan.n_micro,
+            micro_batches_lower_bound=plan.lower_bound,
+            imbalance=plan.imbalance,
+            latents_per_span=outcome.latents / outcome.spans if outcome.spans else 0.0,
+            coverage_bound_fraction=outcome.coverage_bound / outcome.spans if outcome.spans else 0.0,
+            teacher_drift=outcome.teacher_drift,
+            data_wait_s=max(everyone[1]),
+            step_s=step_s,
+        )
+        if self.writer is not None:
+            student_rate = sum(everyone[4]) / step_s / engine.world
+            self.writer.write(
+                dataclasses.asdict(report)
+                | {
+                    "samples_per_s": plan.samples / step_s,
+                    "tokens_per_s": plan.tokens / step_s,
+                    "tflops_per_rank": student_rate / 1e12,
+                    "teacher_tflops_per_rank": sum(everyone[5]) / step_s / engine.world / 1e12,
+                    "mfu": None if self.peak is None else student_rate / self.peak,
+                    "memory_gib": max(everyone[3]),
+                    "eta_s": (self.schedule.total_steps - step - 1) * step_s,
+                }
+            )
+        self._guard(report)
+        return max(everyone[0]) > 0
+
+    def _guard(self, report: StepReport) -> None:
+        """End the run when the optimizer skips too many steps in a row; every rank sees the same report."""
+        self.skipped_in_a_row = 0 if report.applied else self.skipped_in_a_row + 1
+        if not report.applied and self.writer is not None:
+            self.writer.say(f"step {report.step} was skipped: loss {report.loss}, gradient norm {report.grad_norm}")
+        if self.skipped_in_a_row > self.recipe.engine.max_skipped_steps:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (last: step "
+                f"{report.step}); the newest checkpoint is in {self.checkpoints}. Lower optimizer.lr or look at the data"
+            )
+
+    def _save(self, done: int) -> None:
+        state = {
+            "step": done,
+            "recipe": recipe_to_dict(self.recipe),
+            "index_sha256": self.shards.manifest.index_sha256,
+        }
+        save_checkpoint(self.engine, self.checkpoints / f"step-{done:08d}", state)
+        if self.engine.rank == 0:
+            prune_checkpoints(self.checkpoints, self.recipe.run.keep_checkpoints)
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far, GiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def describe(recipe: Recipe) -> str:
+    """What a run would be, without starting it: JSON of the schedule and the plan's first epoch."""
+    shards = ShardSet.open(Path(recipe.data.shards))
+    check_fits(shards.index, recipe.data.token_budget, shards.sample_id)
+    schedule = Schedule.of(recipe, len(shards.index))
+    return json.dumps(
+        {"recipe": recipe.name, "samples": len(shards.index)} | dataclasses.asdict(schedule), indent=2
+    )

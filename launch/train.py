@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Train ILVR stage 1 from a recipe.
+
+  one rank        python launch/train.py --recipe launch/recipes/tiny_frozenlake.yaml
+  one node        deepspeed --num_gpus 8 launch/train.py --recipe RECIPE.yaml
+  several nodes   sbatch --nodes=4 launch/slurm/train.sbatch RECIPE.yaml     (or deepspeed --hostfile ...)
+
+Any key of the recipe can be set behind it: optimizer.lr=5e-6 run.dir=runs/a. The same command again
+resumes from the newest checkpoint in run.dir. Exit codes: 0 done, 1 something to mend (the message says
+what), 75 stopped by a signal with a checkpoint written.
+"""
+
+import argparse
+import os
+import sys
+
+# DeepSpeed picks its device when it is first imported; without a GPU it must be told.
+if "DS_ACCELERATOR" not in os.environ:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+from ilvr_ds.config import load_recipe
+from ilvr_ds.errors import IlvrError
+from ilvr_ds.train.loop import describe, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, metavar="FILE.yaml", help="the run; see launch/recipes/")
+    parser.add_argument("--describe", action="store_true", help="print the schedule as JSON and end, nothing is trained")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; read from the environment")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, values in YAML")
+    args = parser.parse_args()
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.describe:
+        print(describe(recipe))
+        return 0
+    return train(recipe)
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except IlvrError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"train: {error}" if rank == "0" else f"train (rank {rank}): {error}", file=sys.stderr, flush=True)
+        code = 1
+    sys.exit(code)
