@@ -48,3 +48,7 @@ class CheckpointError(IlvrError):
 
 class TrainingError(IlvrError):
     """Training cannot go on: too many skipped steps, a loss that is not finite, ..."""
+
+
+class PuzzleError(IlvrError):
+    """A FrozenLake map, a plan or a generator setting is impossible, or the sprites to draw it are missing."""
