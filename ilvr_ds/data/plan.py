@@ -14,7 +14,7 @@ of every step, every loss denominator is known before the forward pass, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -202,40 +202,55 @@ def split_step(
     )
 
 
-@dataclass(frozen=True)
 class Planner:
     """Plans any step of a run. Picklable; keeps nothing but the order of the epoch it was last asked for.
 
-    Raises PlanError on creation if a sample exceeds the budget (see `check_fits`).
+    Args:
+        seed: of the epochs' order, 0 to 2**63 - 1.
+        samples_per_step: over all ranks.
+        token_budget: tokens per rank and micro-batch, at most.
+        sample_id: names a sample number in error messages (`ShardSet.sample_id`).
+
+    Raises:
+        PlanError: on creation, if a sample exceeds the budget (see `check_fits`).
     """
 
-    lengths: Lengths
-    seed: int
-    samples_per_step: int
-    token_budget: int
-    world: int
-    cost: CostModel = field(default_factory=CostModel)
-    sample_id: Callable[[int], str] = field(default=str, repr=False)
-
-    def __post_init__(self) -> None:
-        if min(self.samples_per_step, self.world, self.token_budget) < 1:
+    def __init__(
+        self,
+        lengths: Lengths,
+        *,
+        seed: int,
+        samples_per_step: int,
+        token_budget: int,
+        world: int,
+        cost: CostModel | None = None,
+        sample_id: Callable[[int], str] = str,
+    ):
+        if min(samples_per_step, world, token_budget) < 1:
             raise ValueError("samples_per_step, world and token_budget are 1 or more")
-        check_fits(self.lengths, self.token_budget, self.sample_id)
-        object.__setattr__(self, "_costs", self.cost(self.lengths))
-        object.__setattr__(self, "_order", (-1, np.zeros(0, np.int64)))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.lengths), self.samples_per_step)
+        check_fits(lengths, token_budget, sample_id)
+        self.lengths = lengths
+        self.seed = seed
+        self.samples_per_step = samples_per_step
+        self.token_budget = token_budget
+        self.world = world
+        self.steps_per_epoch = steps_per_epoch(len(lengths), samples_per_step)
+        self._costs = (cost or CostModel())(lengths)  # (n,)
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def step(self, step: int) -> StepPlan:
         """The plan of a step (0-based, over all epochs); the same however one got there."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            object.__setattr__(self, "_order", (epoch, epoch_order(len(self.lengths), self.seed, epoch)))
-        numbers = step_samples(self._order[1], within, self.samples_per_step)
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, epoch_order(len(self.lengths), self.seed, epoch)
         return plan_step(
-            numbers, self.lengths, self._costs, token_budget=self.token_budget, world=self.world, step=step, epoch=epoch
+            step_samples(self._order, within, self.samples_per_step),
+            self.lengths,
+            self._costs,
+            token_budget=self.token_budget,
+            world=self.world,
+            step=step,
+            epoch=epoch,
         )
 
 
