@@ -133,7 +133,8 @@ class ShardSet:
             return parse_sample(blob)
         except ShardError as error:
             raise ShardError(
-                f"{where}: {error}; the index does not match the tar: run `python -m data_tools.check_shards {self.folder}`"
+                f"{where}: {error}; the index does not match the tar, "
+                f"run `python -m data_tools.check_shards {self.folder}`"
             ) from error
 
     def load_sample(self, number: int, tokenizer: ChatTokenizer) -> Sample:

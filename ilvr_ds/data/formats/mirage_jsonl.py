@@ -1,0 +1,38 @@
+"""Mirage's JSONL: one object per line.
+
+    {"text_input": "... <image> ...", "image_input": "a.png" or [...],
+     "text_output": "... <output_image> ...", "image_output": "h.png" or [...]}
+
+`<image>` marks where an input image goes, `<output_image>` where a helper image (a latent span) goes, once per
+image. `id` and `map_desc` are optional, other fields are ignored; the answer is part of `text_output`.
+"""
+
+from __future__ import annotations
+
+from ilvr_ds.contracts import Record
+from ilvr_ds.data.formats.jsonl import Line, parse_object
+from ilvr_ds.data.formats.markers import fill_markers
+
+INPUT_MARKER = "<image>"
+OUTPUT_MARKER = "<output_image>"
+
+
+def parse_line(line: Line) -> Record:
+    """One line as a `Record`. Raises RecordError (reasons of `jsonl`, and empty_steps, marker_count)."""
+    fields = parse_object(line)
+    prompt = fill_markers(
+        fields, "text_input", fields.take_text("text_input"), INPUT_MARKER, fields.take_paths("image_input")
+    )
+    steps = fill_markers(
+        fields, "text_output", fields.take_text("text_output"), OUTPUT_MARKER, fields.take_paths("image_output")
+    )
+    if not steps:
+        raise fields.error("empty_steps", "text_output", "there is nothing in the output to learn")
+    return Record(
+        id=fields.record_id,
+        prompt=prompt,
+        steps=steps,
+        answer=None,
+        map_desc=fields.take_map(),
+        origin=line.origin,
+    )
