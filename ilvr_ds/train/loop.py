@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from ilvr_ds.config import Recipe, recipe_to_dict
-from ilvr_ds.contracts import StepReport
+from ilvr_ds.contracts import PackedBatch, StepReport
 from ilvr_ds.data.loader import StepLoader
-from ilvr_ds.data.plan import check_fits, steps_per_epoch
+from ilvr_ds.data.plan import CostModel, Lengths, StepPlan, check_fits, steps_per_epoch
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.engine.agree import from_rank_zero, gather_numbers
-from ilvr_ds.engine.build import Engine, build_engine, init_distributed
+from ilvr_ds.engine.build import Engine, build_engine
+from ilvr_ds.engine.distributed import init_distributed
 from ilvr_ds.engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ilvr_ds.engine.step import train_step
 from ilvr_ds.errors import CheckpointError, ConfigError, TrainingError
@@ -55,20 +56,20 @@ def train(recipe: Recipe) -> int:
     Raises IlvrError subclasses for anything the user can mend.
     """
     with StopRequest() as stop:
-        ranks = init_distributed()
+        rank, _, device = init_distributed()
         shards = ShardSet.open(Path(recipe.data.shards))
         tokenizer = ChatTokenizer.from_folder(Path(recipe.model.path))
         shards.require(tokenizer, recipe.latent.size)
-        check_fits(shards.index, recipe.data.token_budget, shards.sample_id)
+        check_fits(Lengths.from_index(shards.index), recipe.data.token_budget, shards.sample_id)
         schedule = Schedule.of(recipe, len(shards.index))
 
         run_dir = Path(recipe.run.dir)
         checkpoints = run_dir / "checkpoints"
-        start = from_rank_zero(_find_start(recipe, run_dir, checkpoints) if ranks.rank == 0 else None)
+        start = from_rank_zero(_find_start(recipe, run_dir, checkpoints) if rank == 0 else None)
         if isinstance(start, str):  # rank 0 found a reason not to start; every rank leaves with it
             raise ConfigError(start)
 
-        objective = AlignmentObjective.from_recipe(recipe, tokenizer.vocabulary, ranks.device)
+        objective = AlignmentObjective.from_recipe(recipe, tokenizer.vocabulary, device)
         engine = build_engine(objective, recipe)
         done = 0
         if start["checkpoint"] is not None:
@@ -121,9 +122,10 @@ class _Run:
             self.writer = MetricsWriter(self.run_dir, total, done, self.recipe.run.tensorboard)
             self._introduce(done, last)
         loader = StepLoader(
-            self.shards, self.tokenizer, data=self.recipe.data, latent_size=self.recipe.latent.size,
-            reduction=self.recipe.loss.reduction, rank=self.engine.rank, world=self.engine.world,
-            seed=self.recipe.run.seed, start_step=done, end_step=last,
+            self.shards, self.tokenizer, self.recipe.data, latent_size=self.recipe.latent.size,
+            reduction=self.recipe.loss.reduction, seed=self.recipe.run.seed, rank=self.engine.rank,
+            world=self.engine.world, start_step=done, total_steps=last, cost=cost_model(self.engine, self.recipe),
+            pin_memory=self.engine.device.type == "cuda",
         )  # fmt: skip
         stopped = False
         saved = done
@@ -153,7 +155,7 @@ class _Run:
         self.writer.say(
             f"{recipe.name}: {len(self.shards.index)} samples, {self.schedule.steps_per_epoch} steps an epoch, "
             f"{self.schedule.total_steps} steps in all; {engine.world} rank(s) on {engine.device.type}, "
-            f"ZeRO-{engine.zero_stage}, {recipe.model.dtype}, {parameters / 1e6:.2f} M parameters, "
+            f"ZeRO-{engine.stage}, {recipe.model.dtype}, {parameters / 1e6:.2f} M parameters, "
             f"attention {engine.module.student.attention}"
         )
         if self.resumed_from is not None:
@@ -161,7 +163,7 @@ class _Run:
         if last < self.schedule.total_steps:
             self.writer.say(f"will pause after step {last} (run.stop_after)")
 
-    def _one_step(self, step: int, plan, batches: list, wait_s: float, begin: float, stop: StopRequest) -> bool:
+    def _one_step(self, step: int, plan: StepPlan, batches: list[PackedBatch], wait_s: float, begin: float, stop: StopRequest) -> bool:
         """One optimizer step and its report. True: a signal asked to stop (on any rank)."""
         recipe, engine = self.recipe, self.engine
         lr = learning_rate(step, self.schedule.total_steps, recipe.optimizer)
@@ -182,8 +184,8 @@ class _Run:
             lr=lr,
             grad_norm=outcome.grad_norm,
             applied=outcome.applied,
-            samples=plan.samples,
-            tokens=plan.tokens,
+            samples=plan.totals.samples,
+            tokens=plan.totals.tokens,
             micro_batches=plan.n_micro,
             micro_batches_lower_bound=plan.lower_bound,
             imbalance=plan.imbalance,
@@ -198,8 +200,8 @@ class _Run:
             self.writer.write(
                 dataclasses.asdict(report)
                 | {
-                    "samples_per_s": plan.samples / step_s,
-                    "tokens_per_s": plan.tokens / step_s,
+                    "samples_per_s": plan.totals.samples / step_s,
+                    "tokens_per_s": plan.totals.tokens / step_s,
                     "tflops_per_rank": student_rate / 1e12,
                     "teacher_tflops_per_rank": sum(everyone[5]) / step_s / engine.world / 1e12,
                     "mfu": None if self.peak is None else student_rate / self.peak,
@@ -232,6 +234,23 @@ class _Run:
             prune_checkpoints(self.checkpoints, self.recipe.run.keep_checkpoints)
 
 
+def cost_model(engine: Engine, recipe: Recipe) -> CostModel:
+    """What a sample costs on this model, for balancing micro-batches over ranks."""
+    text, vision = engine.module.student.config.text_config, engine.module.student.config.vision_config
+    return CostModel.from_dims(
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        intermediate=text.intermediate_size,
+        kv_width=text.num_key_value_heads * text.hidden_size // text.num_attention_heads,
+        vocabulary=text.vocab_size,
+        vision_hidden=vision.hidden_size,
+        vision_layers=vision.depth,
+        vision_intermediate=vision.intermediate_size,
+        recompute=recipe.model.gradient_checkpointing,
+        train_vision=recipe.model.train_vision,
+    )
+
+
 def _memory_gib(device: torch.device) -> float:
     """Peak memory of this rank so far, GiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
@@ -243,7 +262,7 @@ def _memory_gib(device: torch.device) -> float:
 def describe(recipe: Recipe) -> str:
     """What a run would be, without starting it: JSON of the schedule and the plan's first epoch."""
     shards = ShardSet.open(Path(recipe.data.shards))
-    check_fits(shards.index, recipe.data.token_budget, shards.sample_id)
+    check_fits(Lengths.from_index(shards.index), recipe.data.token_budget, shards.sample_id)
     schedule = Schedule.of(recipe, len(shards.index))
     return json.dumps(
         {"recipe": recipe.name, "samples": len(shards.index)} | dataclasses.asdict(schedule), indent=2
