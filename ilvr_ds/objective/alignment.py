@@ -1,0 +1,127 @@
+"""Stage 1 as one module: student, teacher and both losses, so that one DeepSpeed engine can hold it all."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ilvr_ds.config import LatentConfig, LossConfig, Recipe
+from ilvr_ds.contracts import LossTerms, PackedBatch
+from ilvr_ds.data.tokens import Vocabulary
+from ilvr_ds.errors import BatchError
+from ilvr_ds.model.backbone import Backbone
+from ilvr_ds.model.host_plan import host_plan, to_device
+from ilvr_ds.model.student import forward_with_targets
+from ilvr_ds.model.teacher import Teacher
+from ilvr_ds.objective.losses import alignment_loss, target_noise
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # the values of model.dtype
+
+
+class AlignmentObjective(nn.Module):
+    """loss = ce_weight * CE + sim_weight * (1 - mean cos), summed over a packed batch.
+
+    The sequence of module calls is the same for every batch on every rank, whatever it holds (no image, no
+    span, no prompt, no supervised token), and every trainable module takes part in backward: collectives of
+    partitioned parameters stay matched.
+    """
+
+    def __init__(self, student: Backbone, teacher: Teacher, latent: LatentConfig, loss: LossConfig):
+        """Own both models. The teacher's parameters never require a gradient."""
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.latent = latent
+        self.loss = loss
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Recipe, vocabulary: Vocabulary, device: torch.device | str = "cpu"
+    ) -> AlignmentObjective:
+        """Load the student, copy the teacher from it (both on the CPU; the engine moves them).
+
+        Args:
+            device: where training will run; decides what attention "auto" is.
+
+        Raises:
+            ConfigError, AttentionError: as `Backbone.load`.
+        """
+        model = recipe.model
+        student = Backbone.load(
+            model.path,
+            dtype=DTYPES[model.dtype],
+            attention=model.attention,
+            device=device,
+            gradient_checkpointing=model.gradient_checkpointing,
+            train_vision=model.train_vision,
+            vocabulary=vocabulary,
+        )
+        return cls(student, Teacher.of(student, recipe.teacher), recipe.latent, recipe.loss)
+
+    def ema_pairs(self) -> list[tuple[str, str]]:
+        """(teacher's, student's) names as in `named_parameters()`, for every parameter of the language model."""
+        prefixes = {}
+        for name, module in self.named_modules():
+            if module is self.teacher.language_model:
+                prefixes["teacher"] = name
+            elif module is self.student.language_model:
+                prefixes["student"] = name
+        return [
+            (f"{prefixes['teacher']}.{name}", f"{prefixes['student']}.{name}")
+            for name, _ in self.teacher.language_model.named_parameters()
+        ]
+
+    def forward(self, batch: PackedBatch, noise_seed: int) -> LossTerms:
+        """Losses of one packed batch.
+
+        Args:
+            batch: best on the CPU (pinned); it is moved to the model's device here, after the counts that
+                decide shapes were read from it.
+            noise_seed: with each sample's number it decides the noise on that sample's targets.
+
+        Raises:
+            BatchError: spans of another size than `latent.size`, or patches that do not fit the grids.
+        """
+        if batch.latent_size != self.latent.size:
+            raise BatchError(
+                f"samples {batch.sample_ids}: packed with {batch.latent_size} latents per span, latent.size is "
+                f"{self.latent.size}"
+            )
+        plan = host_plan(batch)
+        device = self.student.head.weight.device
+        noise = target_noise(
+            batch.sample_numbers,
+            plan.span_sample,
+            self.latent.size,
+            self.student.head.in_features,
+            self.latent.noise_std,
+            noise_seed,
+        )  # (S, K, D)
+        batch = to_device(batch, device)
+
+        features = self.student.encode_images(batch.patches, batch.grids)  # (N + M, D), inputs then helpers
+        input_features = features[: batch.image_positions.shape[0]]
+        helper_features = features[batch.image_positions.shape[0] :]
+        targets = self.teacher(batch, plan, input_features.detach(), helper_features.detach())
+        hidden = forward_with_targets(self.student, batch, input_features, targets).hidden  # (T, D)
+
+        ce, ce_per_token = self.student.head(hidden[batch.supervised_positions], batch.targets, batch.ce_weights)
+        align, align_per_sample = alignment_loss(
+            hidden,
+            span_starts=batch.span_starts,
+            span_sample=batch.span_sample,
+            values=targets.values,
+            counts=targets.counts,
+            noise=None if noise is None else noise.to(device, non_blocking=True),
+            align_weights=batch.align_weights,
+        )
+        return LossTerms(
+            loss=self.loss.ce_weight * ce + self.loss.sim_weight * align,
+            ce=ce.detach(),
+            align=align.detach(),
+            ce_per_token=ce_per_token,
+            align_per_sample=align_per_sample.detach(),
+            latents=targets.counts.sum(),
+            spans=torch.tensor(len(plan.span_sample), device=device),
+            coverage_bound=targets.coverage_bound.sum(),
+        )
