@@ -15,7 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from ilvr_ds.engine.partition import Partition, build_partition, check_alignment, resolve_pairs
+from ilvr_ds.engine.partition import Partition, build_partition, check_alignment, check_frozen, resolve_pairs
 
 CHUNK = 2**25  # elements updated at a time: bounds the temporary to 128 MiB
 
@@ -43,14 +43,14 @@ class ShardedEma:
         self.decay = decay
         resolved = resolve_pairs(module, pairs)
         self.frozen = [p for p in resolved if not p.student.requires_grad]
-        check_alignment(build_partition(engine, self.frozen), tracked=False)
+        check_frozen(self.frozen)
         self.partition: Partition = build_partition(engine, [p for p in resolved if p.student.requires_grad])
-        check_alignment(self.partition, tracked=True)
+        check_alignment(self.partition)
         self.update_bytes = 0  # bytes this rank has sent in updates so far
 
         masters = self.partition.masters()
         total = sum(piece.numel for piece in self.partition.pieces)
-        device = masters[0].device if masters else torch.device("cpu")
+        device = next((m.device for m in masters if m.numel()), torch.device("cpu"))  # beside the masters
         self._flat = torch.empty(total, dtype=torch.float32, device=device)
         self.shadows: list[Tensor] = list(self._flat.split([piece.numel for piece in self.partition.pieces]))
         for shadow, teacher in zip(self.shadows, self.partition.teachers(), strict=True):
@@ -74,12 +74,12 @@ class ShardedEma:
         masters, teachers = self.partition.masters(), self.partition.teachers()
         sums = torch.zeros(2, dtype=torch.float64, device=self._flat.device)
         for part in self._chunks():
-            shadow, master = self.shadows[part], masters[part]
+            shadow, master, teacher = ([tensors[i] for i in part] for tensors in (self.shadows, masters, teachers))
             difference = torch._foreach_sub(master, shadow)
             torch._foreach_add_(shadow, difference, alpha=weight)
             sums[0] += (1.0 - weight) ** 2 * _square_sum(difference)
             sums[1] += _square_sum(master)
-            torch._foreach_copy_(teachers[part], shadow)
+            torch._foreach_copy_(teacher, shadow)
         if self.partition.replicated:  # every rank holds everything: its share of the sum is 1 / world
             sums /= torch.distributed.get_world_size()
         self._publish()
@@ -95,16 +95,18 @@ class ShardedEma:
     def _publish(self) -> None:
         self.update_bytes += self.partition.publish()
 
-    def _chunks(self) -> Iterator[slice]:
-        """Consecutive runs of pieces of at most CHUNK elements (a longer piece is a run of its own)."""
-        begin, elements = 0, 0
+    def _chunks(self) -> Iterator[list[int]]:
+        """Indices of non-empty pieces, in runs of at most CHUNK elements (a longer piece is a run of its own)."""
+        run, elements = [], 0
         for index, piece in enumerate(self.pieces):
-            if elements and elements + piece.numel > CHUNK:
-                yield slice(begin, index)
-                begin, elements = index, 0
-            elements += piece.numel
-        if begin < len(self.pieces):
-            yield slice(begin, len(self.pieces))
+            if run and elements + piece.numel > CHUNK:
+                yield run
+                run, elements = [], 0
+            if piece.numel:
+                run.append(index)
+                elements += piece.numel
+        if run:
+            yield run
 
 
 def drift(sums: Tensor) -> float:
@@ -114,8 +116,5 @@ def drift(sums: Tensor) -> float:
 
 
 def _square_sum(tensors: list[Tensor]) -> Tensor:
-    """() float64: sum of squares over a list of fp32 tensors."""
-    filled = [t for t in tensors if t.numel()]
-    if not filled:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(filled)).double().square().sum()
+    """() float64: sum of squares over a non-empty list of fp32 tensors."""
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
+from ilvr_ds.engine.masters import Slot, find_slots
 from ilvr_ds.errors import ConfigError
 
 GATHER_BUCKET = 2**24  # elements of each rank in one all-gather (stages 1, 2): 32 MiB per rank in bf16
@@ -91,83 +90,41 @@ class ReplicatedPartition:
     replicated = True
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, pairs: list[Pair]):
-        self._engine = engine
         self._pairs = pairs
-        self.pieces = [Piece(p.name, p.student_name, full_shape(p.student), 0, p.student.numel()) for p in pairs]
+        self._slots = find_slots(engine, [p.student for p in pairs])
+        self.pieces = _pieces(pairs, self._slots)
 
     def masters(self) -> list[Tensor]:
-        """The student's fp32 masters, one flat view (numel,) per piece; read-only."""
-        optimizer = self._engine.optimizer
-        if isinstance(optimizer, FP16_UnfusedOptimizer):
-            master_of = {
-                id(low): high
-                for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-                for low, high in zip(lows, highs, strict=True)
-            }
-            return [master_of[id(p.student)].detach().view(-1) for p in self._pairs]
-        return [p.student.detach().view(-1) for p in self._pairs]  # fp32 training: the weights are the masters
+        """The student's fp32 masters, one flat view (numel,) per piece; read-only. Host memory when offloaded."""
+        return [slot.view() for slot in self._slots]
 
     def students(self) -> list[Tensor]:
-        """The student's stored weights of each piece, in the model's dtype."""
-        return [p.student.detach().view(-1) for p in self._pairs]
+        """The student's stored weights of each piece, one flat view (numel,) in the model's dtype."""
+        return _ranges([p.student for p in self._pairs], self.pieces)
 
     def teachers(self) -> list[Tensor]:
         """The teacher's storage of each piece, in the model's dtype; writing it moves the teacher."""
-        return [p.teacher.detach().view(-1) for p in self._pairs]
+        return _ranges([p.teacher for p in self._pairs], self.pieces)
 
     def publish(self) -> int:
-        """Make the written teacher visible to its forward; returns the bytes this rank sent."""
+        """Make the written teacher visible to its next forward; returns the bytes this rank sent."""
         return 0
 
 
-class FlatPartition:
+class FlatPartition(ReplicatedPartition):
     """Stages 1 and 2: weights are replicated, masters are slices of one flat buffer per parameter group.
 
-    A piece is the overlap of a parameter with this rank's slice, so its borders follow from DeepSpeed's
-    flattening order; they are read from `param._hp_mapping`, never computed here.
+    A piece is the overlap of a parameter with this rank's slice, so its borders follow DeepSpeed's flattening.
     """
 
     replicated = False
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, pairs: list[Pair]):
-        self._pairs = pairs
-        self.pieces = []
-        for p in pairs:
-            start, numel = 0, 0
-            if p.student.requires_grad and p.student._hp_mapping is not None:
-                address = p.student._hp_mapping.lp_fragment_address
-                start, numel = address.start, address.numel
-            elif not p.student.requires_grad:  # frozen: replicated, so every rank can look at all of it
-                numel = p.student.numel()
-            self.pieces.append(Piece(p.name, p.student_name, full_shape(p.student), start, numel))
+        super().__init__(engine, pairs)
         self._group = engine.optimizer.dp_process_group
         self._world = dist.get_world_size(self._group)
         self._rank = dist.get_rank(self._group)
         self._layout: list[list[Piece]] | None = None
-
-    def masters(self) -> list[Tensor]:
-        """The student's fp32 masters, one flat view (numel,) per piece; read-only."""
-        views = []
-        for pair, piece in zip(self._pairs, self.pieces, strict=True):
-            if piece.numel == 0:
-                views.append(torch.empty(0, device=pair.student.device))
-            else:
-                views.append(pair.student._hp_mapping.get_hp_fragment().detach())
-        return views
-
-    def students(self) -> list[Tensor]:
-        """The student's stored weights of each piece, in the model's dtype."""
-        return [
-            pair.student.detach().view(-1).narrow(0, piece.start, piece.numel)
-            for pair, piece in zip(self._pairs, self.pieces, strict=True)
-        ]
-
-    def teachers(self) -> list[Tensor]:
-        """The teacher's storage of each piece, in the model's dtype; writing it moves the teacher."""
-        return [
-            pair.teacher.detach().view(-1).narrow(0, piece.start, piece.numel)
-            for pair, piece in zip(self._pairs, self.pieces, strict=True)
-        ]
 
     def publish(self) -> int:
         """All-gather the pieces into every rank's full teacher; returns the bytes this rank sent.
@@ -203,33 +160,30 @@ class FlatPartition:
         for pair, piece in zip(self._pairs, pieces, strict=True):
             low, high = max(begin, position), min(end, position + piece.numel)
             if low < high:
-                target = pair.teacher.detach().view(-1)
                 start = piece.start + low - position
-                target[start : start + high - low] = part[low - begin : high - begin]
+                pair.teacher.detach().view(-1)[start : start + high - low] = part[low - begin : high - begin]
             position += piece.numel
 
 
 class ShardedPartition:
-    """Stage 3: student and teacher are cut alike, element for element, by the same engine."""
+    """Stage 3: student and teacher are cut alike, element for element, by the same engine.
+
+    hpZ's secondary shards are copies; the primary shards (`ds_tensor`) are cut over all ranks.
+    """
 
     replicated = False
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, pairs: list[Pair]):
-        self._engine = engine
-        self._pairs = pairs
-        rank = dist.get_rank(engine.optimizer.dp_process_group)
-        self.pieces = []
         for p in pairs:
-            length = p.student.ds_tensor.numel()
-            if p.teacher.ds_tensor.numel() != length:
+            if p.teacher.ds_tensor.numel() != p.student.ds_tensor.numel():
                 raise ConfigError(
                     f"ema_pairs: the local shard of {p.name!r} has {p.teacher.ds_tensor.numel()} elements, that of "
-                    f"{p.student_name!r} {length}: the two are not partitioned alike"
+                    f"{p.student_name!r} {p.student.ds_tensor.numel()}: the two are not partitioned alike"
                 )
-            # The last ranks' shards end in padding, which is uninitialised memory: not part of any piece.
-            start = min(rank * length, p.student.ds_numel)
-            numel = min(length, p.student.ds_numel - start)
-            self.pieces.append(Piece(p.name, p.student_name, full_shape(p.student), start, numel))
+        self._engine = engine
+        self._pairs = pairs
+        self._slots = find_slots(engine, [p.student for p in pairs])
+        self.pieces = _pieces(pairs, self._slots)
         self._stop_persisting()
 
     def _stop_persisting(self) -> None:
@@ -240,79 +194,104 @@ class ShardedPartition:
         values that the update right after it makes stale. Left out of that list they are gathered by the
         next forward, which is also when they are first right.
         """
-        teachers = {id(p.teacher) for p in self._pairs if p.student.requires_grad}
+        teachers = {id(p.teacher) for p in self._pairs}
         persistent = self._engine.optimizer.persistent_parameters
         persistent[:] = [p for p in persistent if id(p) not in teachers]
 
     def masters(self) -> list[Tensor]:
-        """The student's fp32 masters, one flat tensor (numel,) per piece: views, or copies when offloaded."""
-        return [
-            safe_get_local_fp32_param(pair.student).detach().narrow(0, 0, piece.numel)
-            for pair, piece in zip(self._pairs, self.pieces, strict=True)
-        ]
+        """The student's fp32 masters, one flat view (numel,) per piece; read-only. Host memory when offloaded."""
+        return [slot.view() for slot in self._slots]
 
     def students(self) -> list[Tensor]:
-        """The student's stored weights of each piece, in the model's dtype."""
-        return [
-            pair.student.ds_tensor.detach().narrow(0, 0, piece.numel)
-            for pair, piece in zip(self._pairs, self.pieces, strict=True)
-        ]
+        """The student's stored weights of each piece, one flat view (numel,) in the model's dtype."""
+        return _shards([p.student for p in self._pairs], self.pieces)
 
     def teachers(self) -> list[Tensor]:
         """The teacher's storage of each piece, in the model's dtype; writing it moves the teacher."""
-        return [
-            pair.teacher.ds_tensor.detach().narrow(0, 0, piece.numel)
-            for pair, piece in zip(self._pairs, self.pieces, strict=True)
-        ]
+        return _shards([p.teacher for p in self._pairs], self.pieces)
 
     def publish(self) -> int:
-        """Drop every copy of the teacher made before the update; returns the bytes this rank sent: 0.
-
-        Two kinds of copy would be read instead of the new shard: a gathered parameter that was kept
-        (persistence threshold, or a forward that has not released it), and hpZ's secondary shard. The
-        secondary shards of *all* frozen parameters go, because DeepSpeed gathers parameters in groups and
-        takes the secondary shard for a whole group when its first member has one.
-        """
-        for pair in self._pairs:
-            if pair.teacher.ds_status is ZeroParamStatus.INFLIGHT:
-                raise RuntimeError(
-                    f"{pair.name}: the teacher was updated while being gathered; finish the forward first"
-                )
-            if pair.teacher.ds_status is ZeroParamStatus.AVAILABLE:
-                pair.teacher.partition([pair.teacher], has_been_updated=False)
-        for parameter in self._engine.module.parameters():
-            if not parameter.requires_grad:
-                parameter.ds_secondary_tensor = None
+        """Drop every copy of the teacher made before the update; returns the bytes this rank sent: 0."""
+        release_copies([p.teacher for p in self._pairs])
+        drop_secondary_shards(self._engine)
         return 0
+
+
+def release_copies(parameters: list[nn.Parameter]) -> None:
+    """ZeRO-3: free gathered copies (persistent ones, or a forward's that were not released); the next use gathers."""
+    for parameter in parameters:
+        if parameter.ds_status is ZeroParamStatus.INFLIGHT:
+            raise RuntimeError(f"parameter {parameter.ds_id} is written while being gathered; finish the forward first")
+        if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+            parameter.partition([parameter], has_been_updated=False)
+
+
+def drop_secondary_shards(engine: deepspeed.DeepSpeedEngine) -> None:
+    """ZeRO-3 with hpZ: forget the intra-node copies of all frozen parameters.
+
+    All of them, not only the teacher's: DeepSpeed gathers parameters in groups and takes the secondary shards
+    of a whole group when its first member has one, and the optimizer has just dropped the student's.
+    """
+    for parameter in engine.module.parameters():
+        if not parameter.requires_grad:
+            parameter.ds_secondary_tensor = None
+
+
+def _pieces(pairs: list[Pair], slots: list[Slot]) -> list[Piece]:
+    return [
+        Piece(p.name, p.student_name, full_shape(p.student), slot.start, slot.numel)
+        for p, slot in zip(pairs, slots, strict=True)
+    ]
+
+
+def _ranges(parameters: list[nn.Parameter], pieces: list[Piece]) -> list[Tensor]:
+    return [
+        p.detach().view(-1).narrow(0, piece.start, piece.numel) for p, piece in zip(parameters, pieces, strict=True)
+    ]
+
+
+def _shards(parameters: list[nn.Parameter], pieces: list[Piece]) -> list[Tensor]:
+    return [p.ds_tensor.detach().narrow(0, 0, piece.numel) for p, piece in zip(parameters, pieces, strict=True)]
 
 
 Partition = ReplicatedPartition | FlatPartition | ShardedPartition
 
 
 def build_partition(engine: deepspeed.DeepSpeedEngine, pairs: list[Pair]) -> Partition:
-    """The partition of `pairs` under the engine's ZeRO stage."""
+    """The partition of `pairs` (whose students are all trainable) under the engine's ZeRO stage."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
         return ShardedPartition(engine, pairs)
     return ReplicatedPartition(engine, pairs) if stage == 0 else FlatPartition(engine, pairs)
 
 
-def check_alignment(partition: Partition, *, tracked: bool) -> None:
-    """Prove on the values that pieces line up, before anything is trained.
-
-    Tracked: the fp32 masters, cast to the model's dtype, are the student's stored weights, range by range.
-    Frozen: teacher and student hold the same values.
+def check_alignment(partition: Partition) -> None:
+    """Prove on the values that pieces line up: masters, cast to the model's dtype, are the student's weights.
 
     Raises:
         ConfigError: naming the first parameter where this is not so.
     """
-    students = partition.students()
-    others = partition.masters() if tracked else partition.teachers()
-    for piece, student, other in zip(partition.pieces, students, others, strict=True):
-        if student.numel() != other.numel() or not torch.equal(other.to(student), student):
-            what = "its fp32 master" if tracked else f"the teacher's {piece.name!r}"
+    for piece, student, master in zip(partition.pieces, partition.students(), partition.masters(), strict=True):
+        if student.numel() != master.numel() or not torch.equal(master.to(student), student):
             raise ConfigError(
-                f"{piece.student!r}: elements {piece.start} to {piece.start + piece.numel} on rank "
-                f"{dist.get_rank()} differ from {what}: the pieces do not line up"
-                + ("" if tracked else " (a frozen parameter's teacher must be an exact copy)")
+                f"{piece.student!r}: elements {piece.start} to {piece.start + piece.numel} on rank {dist.get_rank()} "
+                "differ from their fp32 master: the pieces do not line up"
+            )
+
+
+def check_frozen(pairs: list[Pair]) -> None:
+    """A teacher parameter whose student is frozen must hold the student's values, because nothing moves it.
+
+    Raises:
+        ConfigError: naming the first pair that differs on this rank.
+    """
+    for pair in pairs:
+        student, teacher = (p.ds_tensor if hasattr(p, "ds_id") else p for p in (pair.student, pair.teacher))
+        valid = student.numel()
+        if hasattr(pair.student, "ds_id"):  # leave out the padding of the last shards
+            group = pair.student.ds_process_group
+            valid = max(0, min(valid, pair.student.ds_numel - dist.get_rank(group) * valid))
+        if not torch.equal(student.detach().view(-1)[:valid], teacher.detach().view(-1)[:valid]):
+            raise ConfigError(
+                f"ema_pairs: {pair.student_name!r} is frozen, so {pair.name!r} must be an exact copy, and it is not"
             )

@@ -60,9 +60,8 @@ def train_step(engine: Engine, batches: Sequence[PackedBatch], lr: float, noise_
         finite = torch.isfinite(loss.detach())
         scale = torch.where(finite, float(engine.world), float("nan"))
         ds.backward(loss * scale, scale_wrt_gas=False)
-        sums[:6] += torch.stack(
-            [t.detach().double() for t in (terms.loss, terms.ce, terms.align, terms.latents, terms.spans, terms.coverage_bound)]
-        )  # fmt: skip
+        parts = (terms.loss, terms.ce, terms.align, terms.latents, terms.spans, terms.coverage_bound)
+        sums[:6] += torch.stack([part.detach().double() for part in parts])
     ds.step()
     applied = ds.was_step_applied()
     if applied and engine.ema is not None:
