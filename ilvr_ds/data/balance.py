@@ -6,8 +6,8 @@ This is multi-way number partitioning (costs) under a capacity (tokens). Three p
    the dearest to the bin that is cheapest so far. O(n log n).
 2. `_refine`: bins are paired and every pair makes the best of all its exchanges (one sample for one sample,
    or for nothing), all pairs at once. First until no bin is over the budget, then until costs are level.
-3. Where exchanges cannot make a full step fit, `_best_fit` packs by length (best-fit decreasing), which wastes
-   less, and the costs are levelled from there.
+3. Where exchanges cannot make a nearly full step fit, pairs of bins share out all their samples anew
+   (`_Bins.repack`), which gathers the free room in few bins; the costs are levelled from there.
 
 Everything is integer arithmetic with stable sorts, so every rank and every machine finds the same bins.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
+_REPACK_SAMPLES = 10  # 2**10 ways to share out a pair of bins
 _COST_BITS = 40  # costs are scaled so that their sum stays below 2**40, leaving room for overflow in one key
 
 
@@ -38,13 +39,15 @@ def partition(tokens: np.ndarray, costs: np.ndarray, bins: int, budget: int, gro
     if len(tokens) == 0:
         return [np.zeros(0, np.int64)] * bins
     shift = max(0, int(costs.sum()).bit_length() - _COST_BITS)
-    costs = costs.astype(np.int64) >> shift
-    state = _Bins(tokens.astype(np.int64), costs, _deal(costs, bins), budget)
+    scaled = costs.astype(np.int64) >> shift
+    state = _Bins(tokens.astype(np.int64), scaled, _deal(scaled, bins), budget)
     if not _fit(state):
         return None
     if group > 1:
         _level(state, group)
-    return state.result()
+    members = [row[row < state.n] for row in np.sort(state.slots, axis=1)]
+    order = np.argsort([int(costs[m].sum()) for m in members], kind="stable")
+    return [members[i] for i in order]
 
 
 class _Bins:
@@ -98,9 +101,37 @@ class _Bins:
         self._spare_slot()
         return True
 
-    def result(self) -> list[np.ndarray]:
-        order = np.argsort(self.bin_costs, kind="stable")
-        return [row[row < self.n] for row in np.sort(self.slots[order], axis=1)]
+    def repack(self, a: np.ndarray, b: np.ndarray) -> bool:
+        """Let each pair of bins share out all their samples anew, one bin as full as can be; True on a change.
+
+        Better: less over the budget, or the same and the fuller bin fuller. So free room gathers in few bins,
+        where a whole sample fits into it. Pairs with more than `_REPACK_SAMPLES` samples leave the rest in place.
+        """
+        width = self.slots.shape[1]
+        both = np.concatenate([self.slots[a], self.slots[b]], axis=1)  # (p, 2w)
+        owner = np.repeat([1, 0], width)  # 1: belongs to a
+        order = np.argsort(both == self.n, axis=1, kind="stable")  # samples first
+        both, owner = np.take_along_axis(both, order, 1), owner[order]
+        k = min(_REPACK_SAMPLES, int((both < self.n).sum(axis=1).max()))
+        tokens = self.tokens[both]  # (p, 2w)
+        fixed = (tokens[:, k:] * owner[:, k:]).sum(axis=1)  # (p,) tokens of a that stay
+        masks = (np.arange(2**k)[:, None] >> np.arange(k)) & 1  # (2^k, k)
+        in_a = fixed[:, None] + tokens[:, :k] @ masks.T  # (p, 2^k) tokens of a
+        in_b = tokens.sum(axis=1)[:, None] - in_a
+        over = np.maximum(in_a - self.budget, 0) + np.maximum(in_b - self.budget, 0)
+        key = (over << _COST_BITS) - np.minimum(np.maximum(in_a, in_b), self.budget)
+        best = key.argmin(axis=1)
+        before = np.maximum(self.bin_tokens[a] - self.budget, 0) + np.maximum(self.bin_tokens[b] - self.budget, 0)
+        fuller = np.minimum(np.maximum(self.bin_tokens[a], self.bin_tokens[b]), self.budget)
+        better = np.flatnonzero(key[np.arange(len(a)), best] < (before << _COST_BITS) - fuller)
+        if len(better) == 0:
+            return False
+        to_a = np.concatenate([masks[best[better]], owner[better][:, k:]], axis=1).astype(bool)  # (q, 2w)
+        self.slots = np.pad(self.slots, ((0, 0), (0, width)), constant_values=self.n)
+        self.slots[a[better]] = np.where(to_a, both[better], self.n)
+        self.slots[b[better]] = np.where(to_a, self.n, both[better])
+        self._spare_slot()
+        return True
 
 
 def _deal(costs: np.ndarray, bins: int) -> np.ndarray:
@@ -118,33 +149,32 @@ def _deal(costs: np.ndarray, bins: int) -> np.ndarray:
     return slots
 
 
-def _fit(state: _Bins, rounds: int = 60) -> bool:
+def _fit(state: _Bins, rounds: int = 24, repack_rounds: int = 200) -> bool:
+    """Bring every bin under the budget; False where that was not found."""
     half = len(state.slots) // 2
-    if half == 0:
-        return state.overflow() == 0
     stale = 0
-    for r in range(rounds):
+    for r in range(rounds + repack_rounds):
         if state.overflow() == 0:
             return True
+        if half == 0 or stale > half:
+            return False
         order = np.argsort(state.bin_tokens, kind="stable")
         light, heavy = order[:half], order[len(order) - half :][::-1]
-        stale = 0 if state.exchange(heavy, np.roll(light, r)) else stale + 1
-        if stale > half:
-            break
+        if r < rounds:
+            state.exchange(heavy, np.roll(light, r))
+        else:
+            stale = 0 if state.repack(heavy, np.roll(light, r)) else stale + 1
     return state.overflow() == 0
 
 
 def _level(state: _Bins, group: int, rounds: int = 30, good: float = 1.005) -> None:
+    """Level costs until `group` neighbours in order of cost are alike: sum of dearest <= good * sum of means."""
     half = len(state.slots) // 2
+    stale = 0
     for r in range(rounds):
         order = np.argsort(state.bin_costs, kind="stable")
         costs = state.bin_costs[order].reshape(-1, group)
-        if costs[:, -1].sum() * group <= good * costs.sum():
+        if stale > half or costs[:, -1].sum() * group <= good * costs.sum():
             return
         light, heavy = order[:half], order[len(order) - half :][::-1]
-        state.exchange(heavy, np.roll(light, r))
-
-
-def imbalance_parts(costs: np.ndarray) -> tuple[int, float]:
-    """(dearest, mean) summed over micro-steps of a (n_micro, world) array of bin costs."""
-    return int(costs.max(axis=1).sum()), float(costs.mean(axis=1).sum())
+        stale = 0 if state.exchange(heavy, np.roll(light, r)) else stale + 1

@@ -96,10 +96,12 @@ class StepLoader:
             pin_memory=pin_memory,
         )
         self._iterator: Iterator[_Bundle | _Failure] | None = None
+        self._started = False
 
     def __iter__(self) -> Iterator[tuple[int, StepPlan, list[PackedBatch]]]:
-        if self._iterator is not None:
+        if self._started:
             raise RuntimeError("a StepLoader is iterated once; make another one to start elsewhere")
+        self._started = True
         self._iterator = iter(self._loader)  # starts the workers
         return self._run(self._iterator)
 
@@ -194,22 +196,22 @@ class _Bundle:
 
     @classmethod
     def of(cls, plan: StepPlan, batches: list[PackedBatch]) -> _Bundle:
-        layout, pieces, size = [], [], 0
+        layout, tensors, size = [], [], 0
         for batch in batches:
             fields: dict[str, Any] = {}
             for f in dataclasses.fields(batch):
                 value = getattr(batch, f.name)
                 if isinstance(value, torch.Tensor):
-                    flat = value.contiguous().view(-1).view(torch.uint8)
-                    pieces.append((size, flat))
-                    fields[f.name] = _Place(size, size + len(flat), value.dtype, tuple(value.shape))
-                    size += -(-len(flat) // _ALIGN) * _ALIGN
+                    place = _Place(size, size + value.nbytes, value.dtype, tuple(value.shape))
+                    tensors.append((place, value))
+                    fields[f.name] = place
+                    size += -(-value.nbytes // _ALIGN) * _ALIGN
                 else:
                     fields[f.name] = value
             layout.append(fields)
         buffer = torch.zeros(size, dtype=torch.uint8)
-        for begin, flat in pieces:
-            buffer[begin : begin + len(flat)] = flat
+        for place, value in tensors:
+            place.view(buffer).copy_(value)
         return cls(plan, buffer, layout)
 
     def pin_memory(self, device: object = None) -> _Bundle:  # DataLoader calls this where pin_memory=True

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ilvr_ds.contracts import IGNORE_INDEX, PackedBatch, Sample
+from ilvr_ds.data.images import MERGE
 from ilvr_ds.data.plan import StepTotals
 from ilvr_ds.data.rotary_positions import rotary_positions
 from ilvr_ds.errors import BatchError
@@ -21,7 +22,6 @@ from ilvr_ds.errors import BatchError
 if TYPE_CHECKING:
     from ilvr_ds.data.tokens import Vocabulary
 
-MERGE = 2  # Qwen2.5-VL: 2x2 patches become one visual token
 UINT8_PATCH = 588  # 3 channels x 14 x 14
 FLOAT_PATCH = 1176  # normalised and doubled in time
 _REBUILD = "rebuild the shards with data_tools/build_shards.py (data_tools/check_shards.py finds all such samples)"
