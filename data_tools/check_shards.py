@@ -109,30 +109,30 @@ def _check_file(path: Path, entry: ShardEntry) -> None:
 
 def _walk(path: Path) -> Iterator[tuple[str, int, bytes]]:
     """(key, offset, bytes) of every sample, from the 512-byte headers themselves."""
-    content = path.read_bytes()
-    position, start, key = 0, 0, None
-    while True:
-        header = content[position : position + BLOCKSIZE]
-        if len(header) < BLOCKSIZE:
-            raise ShardError(f"{path}: key {key}: the tar ends at byte {len(content)} without an end mark")
-        if header == NUL * BLOCKSIZE:
-            break
-        try:
-            info = TarInfo.frombuf(header, "utf-8", "strict")
-        except (TarError, UnicodeDecodeError) as error:
-            raise ShardError(f"{path}: byte {position}, after key {key}: not a tar header ({error})") from error
-        member_key = info.name.partition(".")[0]
-        if key is not None and member_key != key:
-            yield key, start, content[start:position]
-            start = position
-        key = member_key
-        position += BLOCKSIZE + -(-info.size // BLOCKSIZE) * BLOCKSIZE
-        if position > len(content):
-            raise ShardError(f"{path}: key {key}: member {info.name!r} of {info.size} bytes is cut short")
-    if key is not None:
-        yield key, start, content[start:position]
-    if content[position:].strip(NUL):
-        raise ShardError(f"{path}: bytes after the end mark at {position}")
+    key, start, sample = None, 0, bytearray()
+    with path.open("rb") as file:
+        while (header := file.read(BLOCKSIZE)) != NUL * BLOCKSIZE:
+            position = file.tell() - len(header)
+            if len(header) < BLOCKSIZE:
+                raise ShardError(f"{path}: key {key}: the tar ends at byte {file.tell()} without an end mark")
+            try:
+                info = TarInfo.frombuf(header, "utf-8", "strict")
+            except (TarError, UnicodeDecodeError) as error:
+                raise ShardError(f"{path}: byte {position}, after key {key}: not a tar header ({error})") from error
+            member_key = info.name.partition(".")[0]
+            if key is not None and member_key != key:
+                yield key, start, bytes(sample)
+                start, sample = position, bytearray()
+            key = member_key
+            padded = -(-info.size // BLOCKSIZE) * BLOCKSIZE
+            content = file.read(padded)
+            if len(content) < padded:
+                raise ShardError(f"{path}: key {key}: member {info.name!r} of {info.size} bytes is cut short")
+            sample += header + content
+        if key is not None:
+            yield key, start, bytes(sample)
+        if file.read().strip(NUL):
+            raise ShardError(f"{path}: key {key}: bytes after the end mark")
 
 
 def _parse(where: str, blob: bytes) -> RawSample:
@@ -181,7 +181,7 @@ def _check_image(where: str, content: bytes, grid: tuple[int, int, int], bounds:
 def _check_rejects(folder: Path, manifest: Manifest) -> None:
     path = folder / REJECTS_NAME
     try:
-        rejects = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rejects = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         reasons = Counter(reject["reason"] for reject in rejects)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path}: cannot be read: {error!r}") from error

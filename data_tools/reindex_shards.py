@@ -57,7 +57,8 @@ def reindex(folder: Path, tokenizer: ChatTokenizer, latent_size: int | None) -> 
             index[number][name] = value
     # The progress files describe the old count: a build must not take them up again. No manifest, no finished
     # folder: an interruption between the two writes below is seen as such.
-    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+    if (folder / PROGRESS).exists():
+        shutil.rmtree(folder / PROGRESS)
     (folder / MANIFEST_NAME).rename(folder / f"{MANIFEST_NAME}.old")
     manifest = dataclasses.replace(
         shards.manifest,
@@ -67,9 +68,8 @@ def reindex(folder: Path, tokenizer: ChatTokenizer, latent_size: int | None) -> 
     )
     write_text(folder / MANIFEST_NAME, manifest.to_json())
     (folder / f"{MANIFEST_NAME}.old").unlink()
-    print(
-        f"{folder}: {len(index)} samples counted with tokenizer {manifest.tokenizer_fingerprint[:16]}, K = {latent_size}"
-    )
+    fingerprint = manifest.tokenizer_fingerprint[:16]
+    print(f"{folder}: {len(index)} samples counted with tokenizer {fingerprint}, {latent_size} latents per span")
 
 
 if __name__ == "__main__":

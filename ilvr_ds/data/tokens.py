@@ -94,8 +94,12 @@ class ChatTokenizer:
         self._backend = Tokenizer.from_str(json.dumps(spec))
         self._backend.encode_special_tokens = True  # control tokens spelled in text stay text
         for token in (*REQUIRED_TOKENS, *LATENT_TOKENS):
-            if self._backend.token_to_id(token) != ids[token]:
-                raise ConfigError(f"{origin}: token {token!r}: id {ids[token]} is taken by another token")
+            loaded = self._backend.token_to_id(token)
+            if loaded != ids[token]:
+                raise ConfigError(
+                    f"{origin}: token {token!r}: id {ids[token]} in the file, {loaded} once loaded; "
+                    f"the ids of added tokens must follow the vocabulary without a gap"
+                )
         self.vocabulary = Vocabulary(
             **{token.strip("<|>"): ids[token] for token in (*REQUIRED_TOKENS, *LATENT_TOKENS, "assistant")},
             size=max(ids.values()) + 1,

@@ -1,0 +1,178 @@
+"""check_shards: silent on a clean folder, and every lie is found with file, key and field."""
+
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.build_shards import main as build_main
+from data_tools.check_shards import main
+from ilvr_ds.data.index import write_index
+
+
+@pytest.fixture
+def folder(write_records, good_record, tokenizer_folder, tmp_path):
+    source = write_records([good_record(f"r{i}") for i in range(5)] + [b"{"])
+    options = ["--input", source, "--tokenizer", tokenizer_folder, "--out", tmp_path / "out", "--samples-per-shard", 2]
+    assert build_main([str(option) for option in options]) == 0
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def lie(folder, tokenizer_folder, capsys):
+    """Run the check; returns what it complains about."""
+
+    def call(with_tokenizer=True) -> str:
+        capsys.readouterr()
+        options = ["--tokenizer", str(tokenizer_folder)] if with_tokenizer else []
+        assert main([str(folder), *options]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err[captured.err.index("error: ") :]
+
+    return call
+
+
+def change_manifest(folder, **changes):
+    tree = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**tree, **changes}))
+
+
+def change_index(folder, row, **changes):
+    index = np.array(np.load(folder / "index.npy"))
+    for name, value in changes.items():
+        index[row][name] = value
+    change_manifest(folder, index_sha256=write_index(folder, index))
+
+
+def change_member(folder, member, content):
+    """Put other bytes into a member of the second shard and make index and manifest fit: only the content lies."""
+    path = folder / "shard-000001.tar"
+    with tarfile.open(path) as tar:
+        members = {info.name: tar.extractfile(info).read() for info in tar}
+    assert member in members
+    members[member] = content(members[member])
+    buffer = io.BytesIO()
+    starts = {}
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members.items():
+            starts.setdefault(name.partition(".")[0], tar.offset)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        end = tar.offset
+    path.write_bytes(buffer.getvalue())
+    tree = json.loads((folder / "manifest.json").read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    tree["shards"][1].update(bytes=path.stat().st_size, sha256=digest)
+    change_manifest(folder, shards=tree["shards"])
+    first, second = sorted(starts.values())
+    change_index(folder, 2, offset=first, size=second - first)
+    change_index(folder, 3, offset=second, size=end - second)
+
+
+def edit_json(**changes):
+    return lambda data: json.dumps({**json.loads(data), **changes}).encode()
+
+
+def png(width, height):
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_clean(folder, tokenizer_folder, capsys):
+    assert main([str(folder)]) == 0
+    assert "clean. 5 samples, 10 images, 3 shards, tokens not counted" in capsys.readouterr().out
+    assert main([str(folder), "--tokenizer", str(tokenizer_folder)]) == 0
+    assert "tokens counted again" in capsys.readouterr().out
+    change_member(folder, "000000002.in0.png", lambda data: data)  # the forger's tool itself tells no lie
+    assert main([str(folder), "--tokenizer", str(tokenizer_folder)]) == 0
+
+
+def test_one_flipped_bit_anywhere(folder, lie):
+    path = folder / "shard-000002.tar"
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    assert "shard-000002.tar: field 'sha256'" in lie()
+
+
+def test_cut_missing_and_extra_shards(folder, lie):
+    path = folder / "shard-000001.tar"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert "shard-000001.tar: field 'bytes'" in lie()
+    path.unlink()
+    assert "shard-000001.tar: the shard is missing" in lie()
+    path.write_bytes(content)
+    (folder / "shard-000009.tar").write_bytes(content)
+    assert "shard-000009.tar: the shard is not in manifest.json" in lie()
+
+
+def test_a_cut_shard_whose_manifest_agrees(folder, lie):
+    path = folder / "shard-000001.tar"
+    content = path.read_bytes()[:3000]
+    path.write_bytes(content)
+    tree = json.loads((folder / "manifest.json").read_text())
+    tree["shards"][1].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    change_manifest(folder, shards=tree["shards"])
+    assert "shard-000001.tar: key 000000002: member" in lie()
+
+
+@pytest.mark.parametrize("name", ["shard", "offset", "size", "image_tokens", "helper_tokens", "spans"])
+def test_a_wrong_index_field(folder, lie, name):
+    change_index(folder, 3, **{name: 7})
+    for with_tokenizer in (True, False):
+        assert f"shard-000001.tar: key 000000003: field '{name}': found" in lie(with_tokenizer)
+
+
+@pytest.mark.parametrize("name", ["text_tokens", "supervised"])
+def test_a_wrong_token_count(folder, lie, name):
+    change_index(folder, 3, **{name: 7})
+    assert f"key 000000003: field '{name}': found" in lie()
+
+
+def test_index_with_a_row_too_few_or_too_many(folder, lie):
+    index = np.array(np.load(folder / "index.npy"))
+    change_manifest(folder, index_sha256=write_index(folder, index[:4]), built=4)
+    assert "key 000000004: the sample is not in index.npy" in lie()
+    change_manifest(folder, index_sha256=write_index(folder, np.concatenate([index, index[-1:]])), built=6)
+    assert "index.npy: 6 rows, the tars hold 5 samples" in lie()
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "expected"),
+    [
+        ("000000002.in0.png", lambda data: data[:200], "000000002: in0.png: the image cannot be decoded"),
+        ("000000002.in0.png", lambda data: png(28, 28), "in0.png: field 'grids'"),
+        ("000000002.in0.png", lambda data: png(30, 28), "in0.png: 30x28 pixels, sides must be multiples of 28"),
+        ("000000003.json", edit_json(id="r2"), "key 000000003: field 'id': 'r2' is also the id of"),
+        ("000000003.json", edit_json(steps=["Hi"]), "000000003.json names the images"),
+        ("000000003.json", edit_json(prompt=["Other words", {"image": "in0.png"}]), "field 'text_tokens'"),
+        ("000000003.json", lambda data: b"{", "000000003.json is missing or not"),
+    ],
+)
+def test_a_wrong_member(folder, lie, member, content, expected):
+    change_member(folder, member, content)
+    assert "shard-000001.tar: key 00000000" in lie()
+    assert expected in lie()
+
+
+def test_bounds_rejects_and_tokenizer(folder, lie, spec, tmp_path, capsys):
+    tree = json.loads((folder / "manifest.json").read_text())
+    change_manifest(folder, images={**tree["images"], "helper_max_pixels": 10**6, "helper_min_pixels": 9000})
+    assert "help0.png: 56x56 pixels, the bounds are 9000 to 1000000" in lie()
+    change_manifest(folder, images=tree["images"], rejected=2)
+    assert "rejects.jsonl: field 'rejected': found 1, manifest.json says 2" in lie()
+    change_manifest(folder, rejected=1, reject_reasons={"other": 1})
+    assert "rejects.jsonl: field 'reason'" in lie()
+    (folder / "rejects.jsonl").unlink()
+    assert "rejects.jsonl: cannot be read" in lie()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec(("assistant",))))
+    assert main([str(folder), "--tokenizer", str(tmp_path)]) == 1
+    assert "manifest.json: field 'tokenizer_fingerprint'" in capsys.readouterr().err
