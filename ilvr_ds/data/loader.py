@@ -13,7 +13,10 @@ the order and the content do not depend on how many workers there are. Steps dec
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,7 +95,7 @@ class StepLoader:
             num_workers=data.workers,
             prefetch_factor=ahead,
             multiprocessing_context=multiprocessing.get_context(START_METHOD) if data.workers else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=functools.partial(_start_worker, os.getpid()),
             pin_memory=pin_memory,
         )
         self._iterator: Iterator[_Bundle | _Failure] | None = None
@@ -161,8 +164,20 @@ class _Steps(Dataset):
         return pack(samples, self.tokenizer.vocabulary, self.latent_size, totals=plan.totals, reduction=self.reduction)
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(parent: int, _worker: int) -> None:
     torch.set_num_threads(1)  # decoding is one sample at a time; more threads only fight over the cores
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process once `parent` is gone, however it went.
+
+    torch's own watch remembers the parent it finds when the worker's loop begins, seconds after the process
+    does: a training process killed in between leaves its workers waiting for ever.
+    """
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 @dataclass(frozen=True)
