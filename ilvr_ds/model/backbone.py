@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ilvr_ds.contracts import PackedBatch
 from ilvr_ds.data.tokens import Vocabulary
 from ilvr_ds.errors import BatchError, ConfigError
 from ilvr_ds.model.loss_head import LossHead, replace_head
 from ilvr_ds.model.varlen_attention import AttentionName, resolve_attention, use_attention
-from ilvr_ds.model.vision import DUMMY_GRID, FLOAT_PATCH, Grid, merged_tokens, normalise_patches, vision_layout
+from ilvr_ds.model.vision import DUMMY_GRID, FLOAT_PATCH, Grid, normalise_patches, vision_layout
 
 
 class Backbone(nn.Module):
@@ -94,6 +94,16 @@ class Backbone(nn.Module):
         return backbone
 
     @property
+    def config(self) -> Qwen2_5_VLConfig:
+        """The stock configuration."""
+        return self.network.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs: the device of a buffer, since parameters may be partitioned or offloaded."""
+        return self.language_model.rotary_emb.inv_freq.device
+
+    @property
     def language_model(self) -> nn.Module:
         """The text decoder with its embedding and final norm; what the teacher copies."""
         return self.network.model.language_model
@@ -134,11 +144,6 @@ class Backbone(nn.Module):
         features = output.pooler_output  # (N, D)
         # an empty slice keeps the dummy in the graph with gradient zero: the tower takes part in backward
         return features if grids else features[:0]
-
-    def split_features(self, features: Tensor, grids: tuple[Grid, ...]) -> list[Tensor]:
-        """Features (N, D) of several images -> one (N_i, D) per image."""
-        merge = self.network.config.vision_config.spatial_merge_size
-        return list(features.split([merged_tokens(grid, merge) for grid in grids])) if grids else []
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids (T,) -> embeddings (T, D)."""

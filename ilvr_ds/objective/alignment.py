@@ -88,7 +88,7 @@ class AlignmentObjective(nn.Module):
                 f"{self.latent.size}"
             )
         plan = host_plan(batch)
-        device = self.student.head.weight.device
+        device = self.student.device
         noise = target_noise(
             batch.sample_numbers,
             plan.span_sample,
