@@ -35,29 +35,24 @@ COMPLETE = "COMPLETE"
 _NAME = re.compile(r"step-(\d+)")
 
 
-def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint after optimizer step `step` belongs."""
-    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
-
-
-def complete_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; half-written ones are not among them."""
-    parent = Path(run_dir) / "checkpoints"
+def complete_checkpoints(checkpoints: str | Path) -> list[Path]:
+    """Complete `step-NUMBER` folders in a run's checkpoints folder, oldest first; half-written ones are left out."""
+    parent = Path(checkpoints)
     if not parent.is_dir():
         return []
     found = [p for p in parent.iterdir() if _NAME.fullmatch(p.name) and (p / COMPLETE).is_file()]
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
 
 
-def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = complete_checkpoints(run_dir)
+def latest_checkpoint(checkpoints: str | Path) -> Path | None:
+    """The newest complete checkpoint in a run's checkpoints folder, or None."""
+    found = complete_checkpoints(checkpoints)
     return found[-1] if found else None
 
 
-def prune_checkpoints(run_dir: str | Path, keep: int) -> list[Path]:
+def prune_checkpoints(checkpoints: str | Path, keep: int) -> list[Path]:
     """Delete all but the newest `keep` complete checkpoints, and remains of interrupted ones. Rank 0 only."""
-    complete = complete_checkpoints(run_dir)
+    complete = complete_checkpoints(checkpoints)
     if not complete:
         return []
     kept = set(complete[-keep:])
@@ -76,7 +71,7 @@ def save_checkpoint(engine: Engine, folder: str | Path, state: dict[str, Any]) -
     """Write a checkpoint; every rank calls it, with the same arguments.
 
     Args:
-        folder: see `checkpoint_folder`; on a file system all ranks share. Replaced if it exists.
+        folder: `.../checkpoints/step-NUMBER`, on a file system all ranks share. Replaced if it exists.
         state: what the training loop needs to go on; JSON.
 
     Raises:

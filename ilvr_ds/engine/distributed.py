@@ -41,6 +41,10 @@ def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int, torch.dev
     os.environ.setdefault("LOCAL_RANK", "0" if not cuda else str(torch.cuda.current_device()))
     os.environ.setdefault("RANK", str(dist.get_rank()))
     os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
+    if not cuda:
+        # DeepSpeed would compile a shared-memory extension here, 20 s of C++ on every rank and a lock file that a
+        # killed rank leaves behind for the next run to wait on. Only its inference all-reduce uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(),
         auto_mpi_discovery=False,

@@ -48,9 +48,8 @@ def check_same_model(saved: dict[str, Any], now: dict[str, Any], origin: str) ->
     """Raise CheckpointError naming the first parameter in which two descriptions differ."""
     if saved["dtype"] != now["dtype"]:
         raise CheckpointError(f"{origin}: saved with model.dtype={saved['dtype']}, this run has {now['dtype']}")
-    for (name, shape, kind), (other, other_shape, other_kind) in zip(
-        saved["parameters"], now["parameters"], strict=False
-    ):
+    parameters = zip(saved["parameters"], now["parameters"], strict=False)
+    for (name, shape, kind), (other, other_shape, other_kind) in parameters:
         if name != other:
             raise CheckpointError(f"{origin}: another model: it has parameter {name!r} where this one has {other!r}")
         if shape != other_shape:

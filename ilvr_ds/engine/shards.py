@@ -70,9 +70,7 @@ class ShardReader:
         for rank in range(self.world):
             path = shard_path(folder, prefix, rank, self.world)
             if not path.is_file():
-                raise CheckpointError(
-                    f"{path}: missing (the checkpoint has {self.world} ranks); use another checkpoint"
-                )
+                raise CheckpointError(f"{path}: missing, one of {self.world} ranks; use another checkpoint")
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
