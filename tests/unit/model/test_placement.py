@@ -18,7 +18,9 @@ def test_image_features_replace_tokens_and_take_their_gradient():
 
 def test_no_image_leaves_everything():
     embeddings = torch.randn(3, 4)
-    assert torch.equal(place_image_features(embeddings, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)), embeddings)
+    assert torch.equal(
+        place_image_features(embeddings, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)), embeddings
+    )
 
 
 def test_targets_fill_the_first_pads_only():

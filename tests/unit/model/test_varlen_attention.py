@@ -209,7 +209,9 @@ def kernel_2_13(
 @pytest.mark.parametrize("causal", [True, False])
 def test_arguments_for_every_version_of_torchs_kernel(monkeypatch, kernel, causal):
     """The kernel itself needs a GPU (tests/gpu); here: each version's arguments mean the same."""
-    monkeypatch.setattr(varlen_attention, "_torch_varlen_parameters", lambda: frozenset(inspect.signature(kernel).parameters))
+    monkeypatch.setattr(
+        varlen_attention, "_torch_varlen_parameters", lambda: frozenset(inspect.signature(kernel).parameters)
+    )
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     lengths = [3, 5]
     q, k, v = (x.detach().to(torch.bfloat16) for x in inputs(lengths))
