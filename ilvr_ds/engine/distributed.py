@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import socket
+import warnings
 
 import deepspeed
 import torch
@@ -30,6 +31,10 @@ def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int, torch.dev
         ConfigError: a part of the launcher's variables is missing.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed still calls these two by names that torch 2.13 deprecates: one warning per collective.
+    warnings.filterwarnings(
+        "ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning
+    )
     accelerator = get_accelerator()
     cuda = accelerator.device_name() == "cuda"
     if not dist.is_initialized():

@@ -124,7 +124,8 @@ class FlatPartition(ReplicatedPartition):
         self._group = engine.optimizer.dp_process_group
         self._world = dist.get_world_size(self._group)
         self._rank = dist.get_rank(self._group)
-        self._layout: list[list[Piece]] | None = None
+        self._layout: list[list[Piece]] = [[]] * self._world  # every rank's pieces; they never move during a run
+        dist.all_gather_object(self._layout, self.pieces, group=self._group)
 
     def publish(self) -> int:
         """All-gather the pieces into every rank's full teacher; returns the bytes this rank sent.
@@ -134,9 +135,6 @@ class FlatPartition(ReplicatedPartition):
         """
         if self._world == 1 or not self._pairs:
             return 0
-        if self._layout is None:  # exchanged once: pieces never move during a run
-            self._layout = [None] * self._world
-            dist.all_gather_object(self._layout, self.pieces, group=self._group)
         stream = torch.cat(self.teachers())  # (own elements,)
         longest = max(sum(piece.numel for piece in pieces) for pieces in self._layout)
         sent = 0

@@ -8,6 +8,7 @@ collective for a message that never comes.
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -27,19 +28,21 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     """[function(*arguments) on rank 0, ..., on rank world - 1]; the process group is up when it is called.
 
     Args:
-        function: importable by name; its arguments and result can be pickled.
+        function: at the top level of its file (the ranks load the file, so it need not be importable by name);
+            its arguments and result can be pickled.
         timeout_s: of the whole call, start of the processes included.
 
     Raises:
         RankError: with the rank's number and its traceback.
     """
     context = multiprocessing.get_context("spawn")
+    target = (function.__code__.co_filename, function.__name__)
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], {}
         for rank in range(world):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_main, args=(function, rank, world, os.path.join(folder, "store"), timeout_s, theirs, arguments)
+                target=_main, args=(target, rank, world, os.path.join(folder, "store"), timeout_s, theirs, arguments)
             )
             process.start()
             theirs.close()
@@ -73,7 +76,16 @@ def _collect(pipes: dict, world: int, deadline: float) -> list[Any]:
     return results
 
 
-def _main(function, rank: int, world: int, store: str, timeout_s: float, pipe, arguments) -> None:
+def _load(file: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a Python file, loaded as a module of its own."""
+    spec = importlib.util.spec_from_file_location("ranks_target", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ranks_target"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def _main(target, rank: int, world: int, store: str, timeout_s: float, pipe, arguments) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     os.environ["DS_ACCELERATOR"] = "cpu"
     try:
@@ -84,8 +96,8 @@ def _main(function, rank: int, world: int, store: str, timeout_s: float, pipe, a
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit
         )
-        result = function(*arguments)
-    except BaseException:
+        result = _load(*target)(*arguments)
+    except BaseException:  # whatever it is, the parent must hear of it
         pipe.send((True, traceback.format_exc()))
         sys.stdout.flush()
         os._exit(1)  # no orderly end: the other ranks may hang in a collective

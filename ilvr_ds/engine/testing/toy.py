@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ilvr_ds.config import Recipe, parse_recipe
 from ilvr_ds.contracts import LossTerms
 
-VOCABULARY, WIDTH, HIDDEN, DEPTH = 37, 12, 29, 2
+# What can go wrong in a step: a NaN loss (and gradient); an infinite loss whose gradient is finite; a finite
+# loss whose gradient is not.
+Fault = Literal["nan loss", "inf loss", "nan gradient"]
+
+VOCABULARY, WIDTH, HIDDEN, DEPTH = 37, 12, 29, 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class ToyModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        nn.init.normal_(self.embed.weight, std=0.2)
         self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
@@ -73,7 +80,7 @@ class ToyModel(nn.Module):
 class ToyObjective(nn.Module):
     """Weighted cross-entropy plus squared distance to the teacher's hidden states, a sum over given weights.
 
-    `frozen=True` trains the adapters only. `poison` multiplies the next loss: NaN or inf makes a bad step.
+    `frozen=True` trains the adapters only. `fault` makes the next forwards bad, see `Fault`.
     """
 
     def __init__(self, seed: int = 0, frozen: bool = False, teacher: bool = True):
@@ -87,7 +94,7 @@ class ToyObjective(nn.Module):
                 parameter.requires_grad = "adapter" in name
         self.teacher = copy.deepcopy(self.student) if teacher else nn.Identity()
         self.teacher.requires_grad_(False)
-        self.poison = 1.0
+        self.fault: Fault | None = None
 
     def ema_pairs(self) -> list[tuple[str, str]]:
         """(teacher, student) parameter names."""
@@ -105,12 +112,18 @@ class ToyObjective(nn.Module):
             align = ((hidden.float() - target.float()).square().mean(-1) * batch.weights).sum()
         count = torch.tensor(batch.input_ids.numel())
         zero = torch.zeros_like(count)
-        loss = (ce + align) * self.poison
+        loss = ce + align
+        if self.fault == "nan loss":
+            loss = loss * float("nan")
+        elif self.fault == "inf loss":
+            loss = loss + float("inf")
+        elif self.fault == "nan gradient":
+            loss = loss + (hidden.float().sum() * 0).sqrt()  # 0, with gradient 0 * inf
         return LossTerms(loss, ce.detach(), align.detach(), entropy.detach(), zero, count, zero, zero)
 
 
 def make_batches(sizes: list[int], seed: int) -> list[ToyBatch]:
-    """Micro-batches of the given token counts; the tokens depend on `seed` and the total, not on the cut."""
+    """Micro-batches of the given token counts; the tokens depend on `seed` and the sum of `sizes`, not on the cut."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(sizes)
     tokens = torch.randint(0, VOCABULARY, (2, total), generator=generator)
@@ -118,3 +131,16 @@ def make_batches(sizes: list[int], seed: int) -> list[ToyBatch]:
     weights /= weights.sum()
     parts = zip(tokens[0].split(sizes), tokens[1].split(sizes), weights.split(sizes), strict=True)
     return [ToyBatch(*part) for part in parts]
+
+
+def toy_recipe(dtype: str = "bfloat16", lr: float = 1e-2, decay: float = 0.99, grad_clip: float = 1.0) -> Recipe:
+    """A recipe with what the engine reads; its data and model paths lead nowhere."""
+    tree = {
+        "name": "toy",
+        "run": {"dir": "runs/toy"},
+        "data": {"shards": "none"},
+        "model": {"path": "none", "dtype": dtype},
+        "optimizer": {"lr": lr, "grad_clip": grad_clip},
+        "teacher": {"decay": decay},
+    }
+    return parse_recipe(tree, "toy_recipe")
