@@ -3,8 +3,8 @@
     python benchmarks/ema.py [--quick] [--json FILE]
 
 Runs a toy objective on 1, 2 and 4 CPU ranks, ZeRO 0 to 3, persistence threshold 0 and 1e5, one and three
-micro-batches a step, all parameters or (LoRA-like) adapters only, 50 steps of which one has a non-finite gradient. Prints
-one JSON object per configuration and exits with 1 when a limit is broken:
+micro-batches a step, all parameters or (LoRA-like) adapters only, 50 steps of which one has a non-finite
+gradient. Prints one JSON object per configuration and exits with 1 when a limit is broken:
 
 - `max_error` <= 1e-6: largest |sharded shadow - dense average in float64 of the gathered fp32 masters|
 - `teacher_is_cast`: the gathered teacher is the bf16 cast of the shadow, exactly
@@ -56,7 +56,10 @@ class Case:
 
 
 def all_cases(quick: bool) -> list[Case]:
-    """Every world and layout with (accumulation, adapters only) of (1, no), (3, no), (1, yes); `quick`: five on 2 ranks."""
+    """Every world and layout, each with (accumulation, adapters only) of (1, no), (3, no), (1, yes).
+
+    `quick`: two ranks and (3, no) only.
+    """
     worlds = (2,) if quick else (1, 2, 4)
     variants = [(3, False)] if quick else [(1, False), (3, False), (1, True)]
     steps = 12 if quick else 50

@@ -11,6 +11,7 @@ import datetime
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -67,7 +68,7 @@ def _collect(pipes: dict, world: int, deadline: float) -> list[Any]:
         for pipe in ready:
             rank = open_pipes.pop(pipe)
             try:
-                failed, value = pipe.recv()
+                failed, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise RankError(f"rank {rank} died without a word") from None
             if failed:
@@ -98,9 +99,10 @@ def _main(target, rank: int, world: int, store: str, timeout_s: float, pipe, arg
         )
         result = _load(*target)(*arguments)
     except BaseException:  # whatever it is, the parent must hear of it
-        pipe.send((True, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((True, traceback.format_exc())))
         sys.stdout.flush()
         os._exit(1)  # no orderly end: the other ranks may hang in a collective
-    pipe.send((False, result))
+    # plain pickle: torch's own sends a handle to shared memory, which dies with this process
+    pipe.send_bytes(pickle.dumps((False, result)))
     pipe.close()
     os._exit(0)  # skip destructors that would wait for other ranks
