@@ -4,7 +4,7 @@ This is multi-way number partitioning (costs) under a capacity (tokens). Three p
 
 1. `_deal`: longest-processing-time first in rounds: sorted by cost, each round hands every bin one sample,
    the dearest to the bin that is cheapest so far. O(n log n).
-2. `_refine`: bins are paired and every pair makes the best of all its exchanges (one sample for one sample,
+2. `_Bins.exchange`: bins are paired and every pair makes the best of all its exchanges (one sample for one sample,
    or for nothing), all pairs at once. First until no bin is over the budget, then until costs are level.
 3. Where exchanges cannot make a nearly full step fit, pairs of bins share out all their samples anew
    (`_Bins.repack`), which gathers the free room in few bins; the costs are levelled from there.

@@ -78,6 +78,12 @@ def test_a_step_planned_alone_equals_the_step_in_sequence(case, world, data):
     assert p.step(step) == sequence[step]  # and out of order
 
 
+def test_going_through_epochs_reorders_them():
+    p = planner([5] * 30, 10, 0, world=2)
+    in_sequence = [p.step(step) for step in range(9)]
+    assert in_sequence == [planner([5] * 30, 10, 0, world=2).step(step) for step in range(9)]
+
+
 def test_fewer_samples_than_ranks():
     plan = planner([10, 20, 30], 3, 0, world=8).step(0)
     assert plan.n_micro == 1
