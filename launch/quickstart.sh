@@ -20,9 +20,9 @@ python launch/make_tiny_model.py --out "$DIR/model" --seed 0
 say "2/6 FrozenLake puzzles with a helper image every few moves -> $DIR/puzzles"
 python data_tools/make_frozenlake.py --out "$DIR/puzzles" --count 480 --sizes 3 4 --seed 0
 
-say "3/6 webdataset shards, images resized once and for all -> $DIR/shards"
+say "3/6 webdataset shards, images resized once and for all (to 112x112 here) -> $DIR/shards"
 python data_tools/build_shards.py --input "$DIR/puzzles/records.jsonl" --format ilvr --tokenizer "$DIR/model" \
-    --out "$DIR/shards" --samples-per-shard 160
+    --out "$DIR/shards" --samples-per-shard 160 --input-max-pixels 12544 --helper-max-pixels 12544
 python data_tools/check_shards.py "$DIR/shards" --tokenizer "$DIR/model"
 
 train() {

@@ -13,17 +13,7 @@ what), 75 stopped by a signal with a checkpoint written.
 import argparse
 import os
 import sys
-
-# DeepSpeed picks its device when it is first imported; without a GPU it must be told.
-if "DS_ACCELERATOR" not in os.environ:
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-
-from ilvr_ds.config import load_recipe
-from ilvr_ds.errors import IlvrError
-from ilvr_ds.train.loop import describe, train
+import warnings
 
 
 def main() -> int:
@@ -33,18 +23,30 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; read from the environment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, values in YAML")
     args = parser.parse_args()
-    recipe = load_recipe(args.recipe, args.overrides)
-    if args.describe:
-        print(describe(recipe))
-        return 0
-    return train(recipe)
 
+    # Imported here, not above: decoding workers import this file again and need none of it.
+    import torch
 
-if __name__ == "__main__":
+    if not torch.cuda.is_available():  # DeepSpeed picks its device when it is first imported
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls collectives by names torch has renamed: one warning per call, nothing a user can do.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+    from ilvr_ds.config import load_recipe
+    from ilvr_ds.errors import IlvrError
+    from ilvr_ds.train.loop import describe, train
+
     try:
-        code = main()
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.describe:
+            print(describe(recipe))
+            return 0
+        return train(recipe)
     except IlvrError as error:
         rank = os.environ.get("RANK", "0")
         print(f"train: {error}" if rank == "0" else f"train (rank {rank}): {error}", file=sys.stderr, flush=True)
-        code = 1
-    sys.exit(code)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -39,6 +39,8 @@ from ilvr_ds.errors import IlvrError
 START_METHOD = "spawn"
 _ALIGN = 16  # bytes
 
+LoadedStep = tuple[int, StepPlan, list[PackedBatch]]
+
 
 class StepLoader:
     """Iterates `(step, plan, batches)` for steps `start_step .. total_steps - 1`; step counts from 0.
@@ -101,14 +103,14 @@ class StepLoader:
         self._iterator: Iterator[_Bundle | _Failure] | None = None
         self._started = False
 
-    def __iter__(self) -> Iterator[tuple[int, StepPlan, list[PackedBatch]]]:
+    def __iter__(self) -> Iterator[LoadedStep]:
         if self._started:
             raise RuntimeError("a StepLoader is iterated once; make another one to start elsewhere")
         self._started = True
         self._iterator = iter(self._loader)  # starts the workers
         return self._run(self._iterator)
 
-    def _run(self, iterator: Iterator) -> Iterator[tuple[int, StepPlan, list[PackedBatch]]]:
+    def _run(self, iterator: Iterator) -> Iterator[LoadedStep]:
         try:
             while True:
                 begin = time.perf_counter()

@@ -110,6 +110,11 @@ def save_checkpoint(engine: Engine, folder: str | Path, state: dict[str, Any]) -
     _agree(engine, problem, f"cannot finish {folder}")
 
 
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """The `state` a checkpoint was saved with, without an engine. Raises CheckpointError if it is not readable."""
+    return _read_json(Path(folder) / "state.json")
+
+
 def load_checkpoint(engine: Engine, folder: str | Path) -> dict[str, Any]:
     """Restore masters, moments, moving average and all weights; returns the saved `state`. Every rank calls it.
 

@@ -76,10 +76,7 @@ class Backbone(nn.Module):
             AttentionError: `attention` cannot run on `device` in `dtype`.
         """
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"model.path={str(folder)!r}: no config.json there; give the folder of a Qwen2.5-VL model"
-            )
+        read_config(folder)  # says so if the folder is not a model's
         resolve_attention(attention, device, dtype)  # fail before the weights are read
         network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
         backbone = cls(
@@ -152,6 +149,13 @@ class Backbone(nn.Module):
     def decode(self, embeddings: Tensor, batch: PackedBatch) -> Tensor:
         """Input embeddings (T, D) of a packed batch -> last hidden states after the final norm (T, D)."""
         return run_language_model(self.language_model, embeddings, batch)
+
+
+def read_config(folder: str | Path) -> Qwen2_5_VLConfig:
+    """The configuration in a model folder, without its weights. Raises ConfigError if there is none."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"model.path={str(folder)!r}: no config.json there; give the folder of a Qwen2.5-VL model")
+    return Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
 
 
 def run_language_model(language_model: nn.Module, embeddings: Tensor, batch: PackedBatch) -> Tensor:

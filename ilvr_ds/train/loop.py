@@ -7,24 +7,25 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ilvr_ds.config import Recipe, recipe_to_dict
 from ilvr_ds.contracts import PackedBatch, StepReport
-from ilvr_ds.data.loader import StepLoader
+from ilvr_ds.data.loader import LoadedStep, StepLoader
 from ilvr_ds.data.plan import CostModel, Lengths, StepPlan, check_fits, steps_per_epoch
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.engine.agree import from_rank_zero, gather_numbers
 from ilvr_ds.engine.build import Engine, build_engine
 from ilvr_ds.engine.distributed import init_distributed
-from ilvr_ds.engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from ilvr_ds.engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, read_state, save_checkpoint
 from ilvr_ds.engine.step import train_step
-from ilvr_ds.errors import CheckpointError, ConfigError, TrainingError
+from ilvr_ds.errors import CheckpointError, ConfigError, IlvrError, TrainingError
+from ilvr_ds.model.backbone import read_config
 from ilvr_ds.model.flops import FlopsModel, peak_flops
 from ilvr_ds.objective.alignment import AlignmentObjective
 from ilvr_ds.train.metrics import METRICS_FILE, MetricsWriter, truncate_metrics
@@ -32,6 +33,7 @@ from ilvr_ds.train.rundir import check_resumable, write_recipe
 from ilvr_ds.train.schedule import learning_rate
 from ilvr_ds.train.signals import StopRequest
 
+CHECKPOINTS = "checkpoints"  # in the run folder
 EXIT_STOPPED = 75  # EX_TEMPFAIL: told to stop by a signal; a checkpoint is there, submit the job again
 
 
@@ -49,6 +51,10 @@ class Schedule:
         total = recipe.run.epochs * per_epoch
         return Schedule(per_epoch, total if recipe.run.max_steps is None else min(total, recipe.run.max_steps))
 
+    def last_step(self, recipe: Recipe) -> int:
+        """Where this run pauses: the end, or run.stop_after if that comes first."""
+        return self.total_steps if recipe.run.stop_after is None else min(self.total_steps, recipe.run.stop_after)
+
 
 def train(recipe: Recipe) -> int:
     """Run (or resume) a recipe on this rank. Returns the exit code: 0, or EXIT_STOPPED after a signal.
@@ -56,92 +62,91 @@ def train(recipe: Recipe) -> int:
     Raises IlvrError subclasses for anything the user can mend.
     """
     with StopRequest() as stop:
-        rank, _, device = init_distributed()
+        rank, world, device = init_distributed()
         shards = ShardSet.open(Path(recipe.data.shards))
         tokenizer = ChatTokenizer.from_folder(Path(recipe.model.path))
-        shards.require(tokenizer, recipe.latent.size)
         check_fits(Lengths.from_index(shards.index), recipe.data.token_budget, shards.sample_id)
         schedule = Schedule.of(recipe, len(shards.index))
-
-        run_dir = Path(recipe.run.dir)
-        checkpoints = run_dir / "checkpoints"
-        start = from_rank_zero(_find_start(recipe, run_dir, checkpoints) if rank == 0 else None)
-        if isinstance(start, str):  # rank 0 found a reason not to start; every rank leaves with it
-            raise ConfigError(start)
-
-        objective = AlignmentObjective.from_recipe(recipe, tokenizer.vocabulary, device)
-        engine = build_engine(objective, recipe)
-        done = 0
-        if start["checkpoint"] is not None:
-            state = load_checkpoint(engine, Path(start["checkpoint"]))
-            check_resumable(state["recipe"], recipe, start["checkpoint"])
-            if state["index_sha256"] != shards.manifest.index_sha256:
-                raise CheckpointError(
-                    f"{start['checkpoint']}: was trained on other shards than {recipe.data.shards} (the index differs); "
-                    "resume with the shards of that run, or start a new run in another run.dir"
-                )
-            done = state["step"]
-        run = _Run(recipe, schedule, engine, shards, tokenizer, checkpoints, start["checkpoint"])
-        return run.go(done, stop)
+        found = from_rank_zero(_find_start(recipe, shards) if rank == 0 else None)
+        if isinstance(found, IlvrError):  # rank 0 found a reason not to start; every rank leaves with it
+            raise found
+        start: _Start = found
+        with StepLoader(
+            shards, tokenizer, recipe.data, latent_size=recipe.latent.size, reduction=recipe.loss.reduction,
+            seed=recipe.run.seed, rank=rank, world=world, start_step=start.step,
+            total_steps=schedule.last_step(recipe), cost=cost_model(recipe), pin_memory=device.type == "cuda",
+        ) as loader:  # fmt: skip
+            steps = iter(loader)  # the workers start now, while the model is being loaded
+            objective = AlignmentObjective.from_recipe(recipe, tokenizer.vocabulary, device)
+            engine = build_engine(objective, recipe)
+            if start.checkpoint is not None:
+                load_checkpoint(engine, start.checkpoint)
+            return _Run(recipe, schedule, engine, shards, start).go(loader, steps, stop)
 
 
-def _find_start(recipe: Recipe, run_dir: Path, checkpoints: Path) -> dict[str, Any] | str:
-    """On rank 0: the checkpoint to go on from, or None for a fresh start; a string is a reason to refuse."""
-    newest = latest_checkpoint(checkpoints)
-    if recipe.run.resume:
-        return {"checkpoint": None if newest is None else str(newest)}
-    if newest is not None or (run_dir / METRICS_FILE).exists():
-        return f"run.resume=False, but {run_dir} already holds a run; choose another run.dir or remove it"
-    return {"checkpoint": None}
+@dataclass(frozen=True)
+class _Start:
+    """Where a run begins."""
+
+    step: int  # optimizer steps already done
+    checkpoint: str | None
+
+
+def _find_start(recipe: Recipe, shards: ShardSet) -> _Start | IlvrError:
+    """On rank 0: where to go on from; an error is returned, not raised, so that every rank can leave with it."""
+    run_dir = Path(recipe.run.dir)
+    try:
+        newest = latest_checkpoint(run_dir / CHECKPOINTS)
+        if not recipe.run.resume and (newest is not None or (run_dir / METRICS_FILE).exists()):
+            raise ConfigError(
+                f"run.resume=False, but {run_dir} already holds a run; choose another run.dir or remove it"
+            )
+        if newest is None:
+            return _Start(0, None)
+        state = read_state(newest)
+        check_resumable(state["recipe"], recipe, str(newest))
+        if state["index_sha256"] != shards.manifest.index_sha256:
+            raise CheckpointError(
+                f"{newest}: was trained on other shards than {recipe.data.shards} (the index differs); "
+                "resume with the shards of that run, or start a new run in another run.dir"
+            )
+        return _Start(state["step"], str(newest))
+    except IlvrError as error:
+        return error
 
 
 class _Run:
     """State of a running training job on one rank."""
 
-    def __init__(
-        self, recipe: Recipe, schedule: Schedule, engine: Engine, shards: ShardSet, tokenizer: ChatTokenizer,
-        checkpoints: Path, resumed_from: str | None,
-    ):  # fmt: skip
-        self.recipe, self.schedule, self.engine = recipe, schedule, engine
-        self.shards, self.tokenizer, self.checkpoints, self.resumed_from = shards, tokenizer, checkpoints, resumed_from
+    def __init__(self, recipe: Recipe, schedule: Schedule, engine: Engine, shards: ShardSet, start: _Start):
+        self.recipe, self.schedule, self.engine, self.shards, self.start = recipe, schedule, engine, shards, start
         self.run_dir = Path(recipe.run.dir)
-        objective = engine.module
-        self.flops = FlopsModel(objective.student.config, recipe.model.train_vision)
+        self.flops = FlopsModel(engine.module.student.config, recipe.model.train_vision)
         on_gpu = engine.device.type == "cuda"
         self.peak = peak_flops(torch.cuda.get_device_name(engine.device)) if on_gpu else None
         self.writer: MetricsWriter | None = None
         self.skipped_in_a_row = 0
 
-    def go(self, done: int, stop: StopRequest) -> int:
-        """Train from step `done` to the end, the pause the recipe asks for, or a signal."""
-        total = self.schedule.total_steps
-        last = total if self.recipe.run.stop_after is None else min(total, self.recipe.run.stop_after)
+    def go(self, loader: StepLoader, steps: Iterator[LoadedStep], stop: StopRequest) -> int:
+        """Train to the end of the schedule, the pause the recipe asks for, or a signal."""
+        total, last, done = self.schedule.total_steps, self.schedule.last_step(self.recipe), self.start.step
         if self.engine.rank == 0:
             write_recipe(self.run_dir, self.recipe)
             truncate_metrics(self.run_dir, done)
             self.writer = MetricsWriter(self.run_dir, total, done, self.recipe.run.tensorboard)
             self._introduce(done, last)
-        loader = StepLoader(
-            self.shards, self.tokenizer, self.recipe.data, latent_size=self.recipe.latent.size,
-            reduction=self.recipe.loss.reduction, seed=self.recipe.run.seed, rank=self.engine.rank,
-            world=self.engine.world, start_step=done, total_steps=last, cost=cost_model(self.engine, self.recipe),
-            pin_memory=self.engine.device.type == "cuda",
-        )  # fmt: skip
         stopped = False
-        saved = done
         try:
-            with loader:
+            begin = time.perf_counter()
+            for step, plan, batches in steps:
+                stopped = self._one_step(step, plan, batches, loader.last_wait_s, begin, stop)
+                done = step + 1
+                if done % self.recipe.run.checkpoint_every == 0 or done == last or stopped:
+                    self._save(done)
+                if stopped:
+                    break
                 begin = time.perf_counter()
-                for step, plan, batches in loader:
-                    stopped = self._one_step(step, plan, batches, loader.last_wait_s, begin, stop)
-                    done = step + 1
-                    if done % self.recipe.run.checkpoint_every == 0 or done == last or stopped:
-                        self._save(done)
-                        saved = done
-                    if stopped:
-                        break
-                    begin = time.perf_counter()
-            if saved == done and self.writer is not None and done < total:
+            if self.writer is not None and done < total:
                 self.writer.say(f"stopped after step {done} of {total}; start the same command again to go on")
         finally:
             if self.writer is not None:
@@ -156,10 +161,10 @@ class _Run:
             f"{recipe.name}: {len(self.shards.index)} samples, {self.schedule.steps_per_epoch} steps an epoch, "
             f"{self.schedule.total_steps} steps in all; {engine.world} rank(s) on {engine.device.type}, "
             f"ZeRO-{engine.stage}, {recipe.model.dtype}, {parameters / 1e6:.2f} M parameters, "
-            f"attention {engine.module.student.attention}"
+            f"attention {engine.module.student.config._attn_implementation}"
         )
-        if self.resumed_from is not None:
-            self.writer.say(f"resumed after step {done} from {self.resumed_from}")
+        if self.start.checkpoint is not None:
+            self.writer.say(f"resumed after step {done} from {self.start.checkpoint}")
         if last < self.schedule.total_steps:
             self.writer.say(f"will pause after step {last} (run.stop_after)")
 
@@ -220,7 +225,7 @@ class _Run:
         if self.skipped_in_a_row > self.recipe.engine.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (last: step "
-                f"{report.step}); the newest checkpoint is in {self.checkpoints}. Lower optimizer.lr or look at the data"
+                f"{report.step}); the newest checkpoint is in {self.run_dir / CHECKPOINTS}. Lower optimizer.lr or look at the data"
             )
 
     def _save(self, done: int) -> None:
@@ -229,14 +234,16 @@ class _Run:
             "recipe": recipe_to_dict(self.recipe),
             "index_sha256": self.shards.manifest.index_sha256,
         }
-        save_checkpoint(self.engine, self.checkpoints / f"step-{done:08d}", state)
+        checkpoints = self.run_dir / CHECKPOINTS
+        save_checkpoint(self.engine, checkpoints / f"step-{done:08d}", state)
         if self.engine.rank == 0:
-            prune_checkpoints(self.checkpoints, self.recipe.run.keep_checkpoints)
+            prune_checkpoints(checkpoints, self.recipe.run.keep_checkpoints)
 
 
-def cost_model(engine: Engine, recipe: Recipe) -> CostModel:
+def cost_model(recipe: Recipe) -> CostModel:
     """What a sample costs on this model, for balancing micro-batches over ranks."""
-    text, vision = engine.module.student.config.text_config, engine.module.student.config.vision_config
+    config = read_config(recipe.model.path)
+    text, vision = config.text_config, config.vision_config
     return CostModel.from_dims(
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
