@@ -180,7 +180,7 @@ def select(
     order = F.pad(order, (0, max(0, latent_size - order.shape[1])))[:, :latent_size]  # (n, K)
     values = candidates.gather(1, order[:, :, None].expand(-1, -1, candidates.shape[2]))  # (n, K, D)
     kept = torch.arange(latent_size, device=counts.device) < counts[:, None]
-    return values * kept[:, :, None], counts, needed <= latent_size
+    return values.masked_fill(~kept[:, :, None], 0), counts, needed <= latent_size
 
 
 def select_spans(

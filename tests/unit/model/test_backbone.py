@@ -44,7 +44,7 @@ def test_packed_equals_the_stock_model_sample_by_sample(small, samples, backbone
             expected = stock.model(
                 input_ids=own.input_ids[None], position_ids=own.position_ids[:, None], use_cache=False, **images
             ).last_hidden_state[0]
-        torch.testing.assert_close(packed[start:end], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed[start:end], expected, rtol=1e-4, atol=5e-5)
 
 
 def test_a_neighbour_changes_exactly_nothing(small, samples, backbone):
@@ -94,7 +94,7 @@ def test_one_vision_call_equals_one_call_per_image(small, backbone):
         backbone.encode_images(patches, (grid,))
         for patches, grid in zip(batch.patches.split(sizes), batch.grids, strict=True)
     ]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=5e-5)
 
 
 def test_without_images_the_tower_is_called_all_the_same(small):

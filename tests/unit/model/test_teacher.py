@@ -94,11 +94,11 @@ def test_a_pack_gets_the_targets_of_each_sample(small, seed, options):
     spans = iter(range(len(packed.counts)))
     for row, sample in enumerate(samples):
         u, targets = reference(objective, small, sample)
-        torch.testing.assert_close(packed.global_query[row], u, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed.global_query[row], u, rtol=1e-4, atol=5e-5)
         for wanted in targets:
             span = next(spans)
             assert packed.counts[span].item() == len(wanted)
-            torch.testing.assert_close(packed.values[span, : len(wanted)], wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(packed.values[span, : len(wanted)], wanted, rtol=1e-4, atol=5e-5)
             assert not packed.values[span, len(wanted) :].any()
     assert next(spans, None) is None
     if options.get("temperature") == 0.05:
