@@ -120,8 +120,8 @@ def smart_resize(
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / scale / factor) * factor)
-        new_width = max(factor, math.floor(width / scale / factor) * factor)
+        new_height = math.floor(height / scale / factor) * factor
+        new_width = math.floor(width / scale / factor) * factor
     elif new_height * new_width < min_pixels:
         scale = math.sqrt(min_pixels / (height * width))
         new_height = math.ceil(height * scale / factor) * factor
