@@ -18,6 +18,7 @@ from ilvr_ds.contracts import PackedBatch
 from ilvr_ds.data.tokens import Vocabulary
 from ilvr_ds.errors import BatchError, ConfigError
 from ilvr_ds.model.loss_head import LossHead, replace_head
+from ilvr_ds.model.patch_embedding import replace_patch_embedding
 from ilvr_ds.model.varlen_attention import AttentionName, resolve_attention, use_attention
 from ilvr_ds.model.vision import DUMMY_GRID, FLOAT_PATCH, Grid, normalise_patches, vision_layout
 
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
         super().__init__()
         use_attention(network, resolve_attention(attention, device, network.dtype))
         replace_head(network)
+        replace_patch_embedding(network.model.visual)
         network.model.visual.requires_grad_(train_vision)
         if gradient_checkpointing:
             _enable_checkpointing(network.model.language_model)

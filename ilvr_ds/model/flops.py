@@ -74,10 +74,17 @@ class FlopsModel:
         full_pairs = sum(t * (h * w) ** 2 for t, h, w in grids)
         window_pairs = sum(t * self._squares(h) * self._squares(w) for t, h, w in grids)
         blocks = 2 * patches * self.vision_layer_weights * self.vision_depth
-        attention = 4 * self.vision_width * (
-            self.vision_full_blocks * full_pairs + (self.vision_depth - self.vision_full_blocks) * window_pairs
+        attention = (
+            4
+            * self.vision_width
+            * (self.vision_full_blocks * full_pairs + (self.vision_depth - self.vision_full_blocks) * window_pairs)
         )
-        return 2 * patches * self.patch_weights + blocks + attention + 2 * (patches // self.merge_unit) * self.merger_weights
+        return (
+            2 * patches * self.patch_weights
+            + blocks
+            + attention
+            + 2 * (patches // self.merge_unit) * self.merger_weights
+        )
 
     def _squares(self, side: int) -> int:
         """Sum of squared window sides along one axis: (sum a^2)(sum b^2) = pairs inside all windows."""

@@ -40,10 +40,16 @@ class Teacher(nn.Module):
         """Stays in evaluation mode whatever the parent asks for (so activation checkpointing is off here too)."""
         return super().train(False)
 
+    def targets(
+        self, batch: PackedBatch, plan: HostPlan, input_features: Tensor, helper_features: Tensor
+    ) -> TeacherTargets:
+        """What `forward` returns, with names. (DeepSpeed finds tensors in a module's output only if it is a tuple.)"""
+        return TeacherTargets(*self(batch, plan, input_features, helper_features))
+
     @torch.no_grad()
     def forward(
         self, batch: PackedBatch, plan: HostPlan, input_features: Tensor, helper_features: Tensor
-    ) -> TeacherTargets:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One forward over the packed sequence, then the selection (equations in `selection`).
 
         Latent pads keep the pad token's embedding: the teacher reads the question, the text and where the
@@ -56,7 +62,7 @@ class Teacher(nn.Module):
             helper_features: (M, D) of the S helper images.
 
         Returns:
-            TeacherTargets; the same modules are called whatever the batch holds.
+            The fields of TeacherTargets in order; the same modules are called whatever the batch holds.
         """
         embeddings = self.language_model.embed_tokens(batch.input_ids)  # (T, D)
         placed = place_image_features(embeddings, batch.image_positions, input_features)
@@ -91,7 +97,7 @@ class Teacher(nn.Module):
             temperature=self.config.temperature,
             latent_size=batch.latent_size,
         )
-        return TeacherTargets(global_query=global_query, values=values, counts=counts, coverage_bound=bound)
+        return global_query, values, counts, bound
 
     def _candidates(self, batch: PackedBatch, helper_features: Tensor) -> list[Tensor]:
         """Features of each helper image (P_s, D), pooled to at most `max_candidates`."""

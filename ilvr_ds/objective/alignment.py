@@ -102,7 +102,7 @@ class AlignmentObjective(nn.Module):
         features = self.student.encode_images(batch.patches, batch.grids)  # (N + M, D), inputs then helpers
         input_features = features[: batch.image_positions.shape[0]]
         helper_features = features[batch.image_positions.shape[0] :]
-        targets = self.teacher(batch, plan, input_features, helper_features)  # without a graph
+        targets = self.teacher.targets(batch, plan, input_features, helper_features)  # without a graph
         hidden = forward_with_targets(self.student, batch, input_features, targets).hidden  # (T, D)
 
         ce, ce_per_token = self.student.head(hidden[batch.supervised_positions], batch.targets, batch.ce_weights)

@@ -192,7 +192,7 @@ def _selection_errors(
     student, plan = objective.student, host_plan(batch)
     features = student.encode_images(batch.patches, batch.grids)
     inputs = len(batch.image_positions)
-    targets = objective.teacher(batch, plan, features[:inputs], features[inputs:])
+    targets = objective.teacher.targets(batch, plan, features[:inputs], features[inputs:])
     hidden = forward_with_targets(student, batch, features[:inputs], targets).hidden
     errors = {}
     start, end = batch.cu_seqlens[row : row + 2].tolist()

@@ -12,7 +12,7 @@ def targets_of(objective, batch):
     with torch.no_grad():
         features = objective.student.encode_images(batch.patches, batch.grids)
     inputs = len(batch.image_positions)
-    return objective.teacher(batch, host_plan(batch), features[:inputs], features[inputs:])
+    return objective.teacher.targets(batch, host_plan(batch), features[:inputs], features[inputs:])
 
 
 def reference(objective, small, sample):
