@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--recipe", default="launch/recipes/tiny_frozenlake.yaml", help="default: the tiny recipe")
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--shards", required=True, help="shards folder")
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of each kind (after one warm-up step each)")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="measured steps of each kind (after one warm-up step each)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ How memory is split (ZeRO stage, offload, hpZ) is not here but in `ds_configs/*.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -132,7 +133,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe; recipes that come with the project are in launch/recipes/") from None
+        raise ConfigError(
+            f"{path}: no such recipe; recipes that come with the project are in launch/recipes/"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a readable YAML file: {error}") from error
     if not isinstance(tree, dict):
@@ -218,10 +221,8 @@ def _convert(kind: Any, value: Any, key: str, origin: str) -> Any:
             raise ConfigError(f"{origin}: {key}={value!r}: expected a list of {len(args)} values")
         return tuple(_convert(a, v, f"{key}[{i}]", origin) for i, (a, v) in enumerate(zip(args, value, strict=True)))
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
@@ -257,7 +258,8 @@ def _check_ranges(r: Recipe) -> None:
         ("optimizer.weight_decay", r.optimizer.weight_decay, r.optimizer.weight_decay >= 0, "0 or more"),
         ("optimizer.betas", r.optimizer.betas, all(0 <= b < 1 for b in r.optimizer.betas), "0 to below 1, twice"),
         ("optimizer.eps", r.optimizer.eps, r.optimizer.eps > 0, "above 0"),
-        ("optimizer.warmup_fraction", r.optimizer.warmup_fraction, 0 <= r.optimizer.warmup_fraction < 1, "0 to below 1"),
+        ("optimizer.warmup_fraction", r.optimizer.warmup_fraction, 0 <= r.optimizer.warmup_fraction < 1,
+         "0 to below 1"),
         ("optimizer.min_lr_fraction", r.optimizer.min_lr_fraction, 0 <= r.optimizer.min_lr_fraction <= 1, "0 to 1"),
         ("optimizer.grad_clip", r.optimizer.grad_clip, r.optimizer.grad_clip >= 0, "0 (off) or more"),
         ("engine.max_skipped_steps", r.engine.max_skipped_steps, r.engine.max_skipped_steps >= 0, "0 or more"),

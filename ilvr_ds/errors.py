@@ -16,7 +16,9 @@ class ConfigError(IlvrError):
 class RecordError(IlvrError):
     """A record cannot become a sample. Carries what `rejects.jsonl` needs."""
 
-    def __init__(self, reason: str, message: str, *, origin: str, record_id: str | None = None, field: str | None = None):
+    def __init__(
+        self, reason: str, message: str, *, origin: str, record_id: str | None = None, field: str | None = None
+    ):
         self.reason = reason  # a short machine-readable word: "missing_image", "broken_json", ...
         self.message = message
         self.origin = origin  # "FILE:LINE"

@@ -18,14 +18,17 @@ def main() -> int:
     failed = False
     for run in args.runs:
         s = summarise(run)
-        print(f"{run}: {s.steps} steps, {s.step_s:.2f} s/step, {s.samples_per_s:.1f} samples/s, {s.tokens_per_s:.0f} tokens/s")
+        speed = f"{s.samples_per_s:.1f} samples/s, {s.tokens_per_s:.0f} tokens/s"
+        print(f"{run}: {s.steps} steps, {s.step_s:.2f} s/step, {speed}")
         for term in ("loss", "ce", "align"):
             fell = s.last[term] < s.first[term]
             failed |= not fell
             print(f"  {term:<6} {s.first[term]:8.4f} -> {s.last[term]:8.4f}  {'fell' if fell else 'DID NOT FALL'}")
         moved = s.teacher_drift > 0
         failed |= not moved
-        print(f"  teacher drift {s.teacher_drift:.3e}  {'the teacher follows' if moved else 'THE TEACHER DID NOT MOVE'}")
+        print(
+            f"  teacher drift {s.teacher_drift:.3e}  {'the teacher follows' if moved else 'THE TEACHER DID NOT MOVE'}"
+        )
     for other in args.runs[1:]:
         difference = first_difference(args.runs[0], other)
         failed |= difference is not None

@@ -19,7 +19,9 @@ import warnings
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, metavar="FILE.yaml", help="the run; see launch/recipes/")
-    parser.add_argument("--describe", action="store_true", help="print the schedule as JSON and end, nothing is trained")
+    parser.add_argument(
+        "--describe", action="store_true", help="print the schedule as JSON and end, nothing is trained"
+    )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; read from the environment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, values in YAML")
     args = parser.parse_args()

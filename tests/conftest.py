@@ -11,7 +11,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def _external(variable: str, folder: str) -> Path:
     path = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / folder))
     if not path.is_dir():
-        pytest.skip(f"external test data not found: set {variable} or provide {path.parent.name}/{path.name} beside the repository")
+        beside = f"{path.parent.name}/{path.name} beside the repository"
+        pytest.skip(f"external test data not found: set {variable} or provide {beside}")
     return path
 
 

@@ -1,1 +1,1 @@
-"""Backbone adapter, varlen attention, placement, selection, teacher and student. Knows nothing of files or DeepSpeed."""
+"""Backbone, varlen attention, placement, selection, teacher and student. Knows nothing of DeepSpeed."""

@@ -10,7 +10,18 @@ from ilvr_ds.errors import TrainingError
 from ilvr_ds.train.metrics import read_metrics
 
 # What a step computed; everything else in a line (seconds, memory) may differ between equal runs.
-NUMBERS = ("loss", "ce", "align", "lr", "grad_norm", "applied", "samples", "tokens", "latents_per_span", "teacher_drift")
+NUMBERS = (
+    "loss",
+    "ce",
+    "align",
+    "lr",
+    "grad_norm",
+    "applied",
+    "samples",
+    "tokens",
+    "latents_per_span",
+    "teacher_drift",
+)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.engine.agree import from_rank_zero, gather_numbers
 from ilvr_ds.engine.build import Engine, build_engine
-from ilvr_ds.engine.distributed import init_distributed
 from ilvr_ds.engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, read_state, save_checkpoint
+from ilvr_ds.engine.distributed import init_distributed
 from ilvr_ds.engine.step import train_step
 from ilvr_ds.errors import CheckpointError, ConfigError, IlvrError, TrainingError
 from ilvr_ds.model.backbone import read_config
@@ -156,7 +156,9 @@ class _Run:
     def _introduce(self, done: int, last: int) -> None:
         assert self.writer is not None
         engine, recipe = self.engine, self.recipe
-        parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.student.parameters())
+        parameters = sum(
+            p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.student.parameters()
+        )
         self.writer.say(
             f"{recipe.name}: {len(self.shards.index)} samples, {self.schedule.steps_per_epoch} steps an epoch, "
             f"{self.schedule.total_steps} steps in all; {engine.world} rank(s) on {engine.device.type}, "
@@ -168,7 +170,9 @@ class _Run:
         if last < self.schedule.total_steps:
             self.writer.say(f"will pause after step {last} (run.stop_after)")
 
-    def _one_step(self, step: int, plan: StepPlan, batches: list[PackedBatch], wait_s: float, begin: float, stop: StopRequest) -> bool:
+    def _one_step(
+        self, step: int, plan: StepPlan, batches: list[PackedBatch], wait_s: float, begin: float, stop: StopRequest
+    ) -> bool:
         """One optimizer step and its report. True: a signal asked to stop (on any rank)."""
         recipe, engine = self.recipe, self.engine
         lr = learning_rate(step, self.schedule.total_steps, recipe.optimizer)
@@ -225,7 +229,8 @@ class _Run:
         if self.skipped_in_a_row > self.recipe.engine.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (last: step "
-                f"{report.step}); the newest checkpoint is in {self.run_dir / CHECKPOINTS}. Lower optimizer.lr or look at the data"
+                f"{report.step}); the newest checkpoint is in {self.run_dir / CHECKPOINTS}. Lower optimizer.lr or look "
+                "at the data of these steps"
             )
 
     def _save(self, done: int) -> None:
@@ -271,6 +276,4 @@ def describe(recipe: Recipe) -> str:
     shards = ShardSet.open(Path(recipe.data.shards))
     check_fits(Lengths.from_index(shards.index), recipe.data.token_budget, shards.sample_id)
     schedule = Schedule.of(recipe, len(shards.index))
-    return json.dumps(
-        {"recipe": recipe.name, "samples": len(shards.index)} | dataclasses.asdict(schedule), indent=2
-    )
+    return json.dumps({"recipe": recipe.name, "samples": len(shards.index)} | dataclasses.asdict(schedule), indent=2)

@@ -21,7 +21,12 @@ def plot_runs(runs: dict[str, Path], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [("ce", "cross-entropy"), ("align", "alignment  1 − mean cos"), ("teacher_drift", "teacher drift  ‖t − s‖ / ‖s‖"), ("lr", "learning rate")]
+    panels = [
+        ("ce", "cross-entropy"),
+        ("align", "alignment  1 − mean cos"),
+        ("teacher_drift", "teacher drift  ‖t − s‖ / ‖s‖"),
+        ("lr", "learning rate"),
+    ]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
     styles = ["-", "--", ":", "-."]
     for (key, title), ax in zip(panels, axes.flat, strict=True):

@@ -46,7 +46,9 @@ def write_recipe(run_dir: Path, recipe: Recipe) -> None:
     """Write the resolved recipe into the run folder, atomically."""
     run_dir.mkdir(parents=True, exist_ok=True)
     temporary = run_dir / (RECIPE_FILE + ".tmp")
-    temporary.write_text("# The resolved recipe of this run: every key, defaults included.\n" + dump_recipe(recipe), "utf-8")
+    temporary.write_text(
+        "# The resolved recipe of this run: every key, defaults included.\n" + dump_recipe(recipe), "utf-8"
+    )
     os.replace(temporary, run_dir / RECIPE_FILE)
 
 

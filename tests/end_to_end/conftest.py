@@ -14,12 +14,22 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def run_program(*command: str, expect: int = 0, timeout: int = 240) -> str:
     """Run a command in the repository root on the CPU; returns stdout + stderr, checks the exit code."""
-    environment = dict(os.environ, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    environment = dict(
+        os.environ, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
+    )
     environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment["PATH"]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
     )
-    assert done.returncode == expect, f"{' '.join(command)} ended with {done.returncode}, expected {expect}:\n{done.stdout[-6000:]}"
+    assert done.returncode == expect, (
+        f"{' '.join(command)} ended with {done.returncode}, expected {expect}:\n{done.stdout[-6000:]}"
+    )
     return done.stdout
 
 

@@ -30,7 +30,10 @@ def model(realdata, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("source", "file", "form", "records"), [("mirage", "examples.jsonl", "mirage", 10), ("mvot", "episodes.jsonl", "ilvr", 18)])
+@pytest.mark.parametrize(
+    ("source", "file", "form", "records"),
+    [("mirage", "examples.jsonl", "mirage", 10), ("mvot", "episodes.jsonl", "ilvr", 18)],
+)
 def test_real_records_train(source, file, form, records, realdata, model, program, train, metrics, tmp_path):
     shards, run = tmp_path / "shards", tmp_path / "run"
     out = program(

@@ -16,7 +16,9 @@ def write(tmp_path, tree):
 
 
 def test_overrides_and_round_trip(tmp_path):
-    recipe = load_recipe(write(tmp_path, MINIMAL), ["optimizer.lr=3e-4", "optimizer.betas=[0.8, 0.95]", "run.max_steps=7"])
+    recipe = load_recipe(
+        write(tmp_path, MINIMAL), ["optimizer.lr=3e-4", "optimizer.betas=[0.8, 0.95]", "run.max_steps=7"]
+    )
     assert recipe.optimizer.lr == 3e-4 and recipe.optimizer.betas == (0.8, 0.95) and recipe.run.max_steps == 7
     again = parse_recipe(yaml.safe_load(dump_recipe(recipe)), "dump")
     assert again == recipe

@@ -9,7 +9,9 @@ import pytest
 
 # A module may import from parts at the same place or further left, never from the right.
 ORDER = ["base", "data", "model", "objective", "engine", "train"]
-MAY_IMPORT = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)} | {"inference": {"base", "data", "model", "inference"}}
+MAY_IMPORT = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)} | {
+    "inference": {"base", "data", "model", "inference"}
+}
 BASE_MODULES = {"contracts", "config", "errors"}
 
 
@@ -56,7 +58,11 @@ def test_imports_go_one_way(repository):
 
 
 def test_the_import_test_can_fail(tmp_path):
-    for part, line in [("data", "from ilvr_ds.engine import step"), ("model", "import deepspeed"), ("objective", "import ilvr_ds.train.loop")]:
+    for part, line in [
+        ("data", "from ilvr_ds.engine import step"),
+        ("model", "import deepspeed"),
+        ("objective", "import ilvr_ds.train.loop"),
+    ]:
         (tmp_path / "ilvr_ds" / part).mkdir(parents=True)
         (tmp_path / "ilvr_ds" / part / "bad.py").write_text(line + "\n")
     (tmp_path / "data_tools").mkdir()
@@ -100,11 +106,20 @@ def test_readme_map_is_the_tree(repository):
     expected = {
         name
         for name in tracked(repository)
-        if name.split("/")[0] in {"ilvr_ds", "data_tools", "launch", "benchmarks", "ds_configs"} and not name.endswith("__init__.py")
+        if name.split("/")[0] in {"ilvr_ds", "data_tools", "launch", "benchmarks", "ds_configs"}
+        and not name.endswith("__init__.py")
     }
     # A folder named with a pattern, such as launch/recipes/, stands for what is in it where no file is listed.
-    listed_folders = {path for path in mapped if path.endswith("/") and not any(other != path and other.startswith(path) for other in mapped)}
-    absent = sorted(name for name in expected if name not in mapped and not any(name.startswith(folder) for folder in listed_folders))
+    listed_folders = {
+        path
+        for path in mapped
+        if path.endswith("/") and not any(other != path and other.startswith(path) for other in mapped)
+    }
+    absent = sorted(
+        name
+        for name in expected
+        if name not in mapped and not any(name.startswith(folder) for folder in listed_folders)
+    )
     assert absent == [], f"there but not in README's map: {absent}"
 
 
@@ -124,7 +139,9 @@ def test_every_recipe_key_is_read_by_something(repository):
     for section, kind in typing.get_type_hints(Recipe).items():
         if section in hints and dataclasses.is_dataclass(kind):
             for f in dataclasses.fields(kind):
-                if not re.search(rf"\b{section}\.{f.name}\b|\b(config|{section}|{section}_config|cfg)\.{f.name}\b", sources):
+                if not re.search(
+                    rf"\b{section}\.{f.name}\b|\b(config|{section}|{section}_config|cfg)\.{f.name}\b", sources
+                ):
                     unread.append(f"{section}.{f.name}")
     assert unread == []
 

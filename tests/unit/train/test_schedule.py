@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from ilvr_ds.config import OptimizerConfig
@@ -10,8 +12,8 @@ def test_warm_up_peak_and_floor():
     assert rates[0] == pytest.approx(1e-4)  # the first step already moves
     assert rates[9] == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-4)
-    assert all(a <= b for a, b in zip(rates[:9], rates[1:10], strict=True))
-    assert all(a >= b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    assert all(a <= b for a, b in pairwise(rates[:10]))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 def test_a_single_step_and_no_warm_up():
