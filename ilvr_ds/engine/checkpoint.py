@@ -119,7 +119,8 @@ def load_checkpoint(engine: Engine, folder: str | Path) -> dict[str, Any]:
     """Restore masters, moments, moving average and all weights; returns the saved `state`. Every rank calls it.
 
     The engine must be built from the same model folder; world size and ZeRO stage may differ. At the same
-    world size and stage the run goes on bit for bit.
+    world size and stage the run goes on bit for bit (with an offloaded optimizer: to rounding, because
+    DeepSpeed's C++ Adam keeps the powers of its betas as running products and takes them anew after a load).
 
     Raises:
         CheckpointError: on every rank; incomplete folder, missing or damaged file, or another model (the first

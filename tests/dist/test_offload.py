@@ -25,7 +25,7 @@ def run(engine, first, last) -> list:
     return log
 
 
-def with_and_without(folder: str) -> tuple[list, list, bool]:
+def with_and_without(folder: str) -> tuple[list, list, bool, list, list]:
     logs = []
     for path in ("ds_configs/zero3.json", "ds_configs/zero3_offload.json"):
         engine = build_engine(ToyObjective(), toy_recipe(), load_ds_config(path))
@@ -36,14 +36,18 @@ def with_and_without(folder: str) -> tuple[list, list, bool]:
     again = build_engine(ToyObjective(seed=4), toy_recipe(), load_ds_config("ds_configs/zero3_offload.json"))
     load_checkpoint(again, folder + "/step-3")
     after = [t.clone() for kind in OptimizerState(again).tensors().values() for t in kind]
-    return *logs, all(map(torch.equal, before, after)) and run(again, 3, 5) == expected
+    return *logs, all(map(torch.equal, before, after)), expected, run(again, 3, 5)
 
 
 @pytest.mark.skipif(
     "ILVR_TEST_OFFLOAD" not in os.environ, reason="set ILVR_TEST_OFFLOAD=1: compiles DeepSpeed's CPU Adam"
 )
 def test_offload_trains_and_resumes_like_the_plain_optimizer(tmp_path):
-    for plain, offloaded, resumed in run_ranks(with_and_without, 2, str(tmp_path), timeout_s=280):
+    """The state comes back exactly; the next steps agree to rounding, because DeepSpeed's C++ Adam keeps powers of
+    the betas as running products and takes them anew after a load."""
+    for plain, offloaded, same_state, expected, resumed in run_ranks(with_and_without, 2, str(tmp_path), timeout_s=280):
         for a, b in zip(plain, offloaded, strict=True):
             assert a == pytest.approx(b, rel=1e-4)
-        assert resumed
+        assert same_state
+        for a, b in zip(expected, resumed, strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
