@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ilvr_ds.contracts import PackedBatch
 from ilvr_ds.engine.build import Engine
@@ -41,7 +39,8 @@ def train_step(engine: Engine, batches: Sequence[PackedBatch], lr: float, noise_
     rank, where DeepSpeed's norm check skips the step: all ranks agree without a message of their own.
 
     Args:
-        batches: this rank's micro-batches, at least one, the same number on every rank.
+        batches: this rank's micro-batches, at least one, the same number on every rank; on the CPU, since the
+            objective reads counts from them before it moves them to its device.
         lr: learning rate of this step, set on every parameter group.
         noise_seed: handed to the objective with every micro-batch of the step.
 
@@ -56,7 +55,7 @@ def train_step(engine: Engine, batches: Sequence[PackedBatch], lr: float, noise_
     sums = torch.zeros(8, dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches):
         ds.set_gradient_accumulation_boundary(number == len(batches) - 1)
-        loss, terms = ds(batch=to_device(batch, engine.device), noise_seed=noise_seed)
+        loss, terms = ds(batch=batch, noise_seed=noise_seed)
         finite = torch.isfinite(loss.detach())
         scale = torch.where(finite, float(engine.world), float("nan"))
         ds.backward(loss * scale, scale_wrt_gas=False)
@@ -80,13 +79,3 @@ def train_step(engine: Engine, batches: Sequence[PackedBatch], lr: float, noise_
         applied=applied,
         teacher_drift=drift(sums[6:]),
     )
-
-
-def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """`batch` with its tensors on `device`; copies from pinned memory do not wait."""
-    moved = {
-        f.name: value.to(device, non_blocking=True)
-        for f in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, f.name), Tensor)
-    }
-    return dataclasses.replace(batch, **moved)

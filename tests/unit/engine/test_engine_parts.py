@@ -7,8 +7,8 @@ from torch import nn
 from ilvr_ds.engine.build import LossModule
 from ilvr_ds.engine.fingerprint import _checksum
 from ilvr_ds.engine.partition import resolve_pairs
-from ilvr_ds.engine.step import to_device, train_step
-from ilvr_ds.engine.testing.toy import ToyObjective, make_batches
+from ilvr_ds.engine.step import train_step
+from ilvr_ds.engine.testing.toy import ToyObjective
 from ilvr_ds.errors import ConfigError
 
 
@@ -45,13 +45,6 @@ def test_checksum_sees_every_element_and_its_place(dtype):
         seen.add(int(_checksum(nn.Parameter(changed))))
     seen.add(int(_checksum(nn.Parameter(weight.detach().flip(0)))))
     assert len(seen) == weight.numel() + 2
-
-
-def test_to_device_keeps_what_is_no_tensor():
-    batch = make_batches([5], 0)[0]
-    moved = to_device(batch, torch.device("meta"))
-    assert moved.input_ids.device.type == "meta" and type(moved) is type(batch)
-    assert batch.input_ids.device.type == "cpu"
 
 
 def test_a_step_without_micro_batches_is_refused():
