@@ -12,10 +12,12 @@ the order and the content do not depend on how many workers there are. Steps dec
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +40,9 @@ from ilvr_ds.errors import IlvrError
 # training process is killed, and stay behind.
 START_METHOD = "spawn"
 _ALIGN = 16  # bytes
+# A terminal's Ctrl-C and a scheduler's warning reach every process of the job. Stopping in good order is the
+# trainer's business: a worker that died of the signal would turn it into a crash. Workers end with the trainer.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 LoadedStep = tuple[int, StepPlan, list[PackedBatch]]
 
@@ -107,7 +112,8 @@ class StepLoader:
         if self._started:
             raise RuntimeError("a StepLoader is iterated once; make another one to start elsewhere")
         self._started = True
-        self._iterator = iter(self._loader)  # starts the workers
+        with _blocked(*_STOP_SIGNALS):  # a spawned process inherits the mask, and keeps it
+            self._iterator = iter(self._loader)  # starts the workers
         return self._run(self._iterator)
 
     def _run(self, iterator: Iterator) -> Iterator[LoadedStep]:
@@ -164,6 +170,16 @@ class _Steps(Dataset):
             return filler_batch(self.tokenizer.vocabulary, self.latent_size)
         samples = [self.shards.load_sample(number, self.tokenizer) for number in numbers]
         return pack(samples, self.tokenizer.vocabulary, self.latent_size, totals=plan.totals, reduction=self.reduction)
+
+
+@contextlib.contextmanager
+def _blocked(*signals: signal.Signals) -> Iterator[None]:
+    """Hold signals back in this thread; those that came meanwhile arrive at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(parent: int, _worker: int) -> None:

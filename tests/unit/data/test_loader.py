@@ -237,6 +237,21 @@ def test_workers_end_with_a_killed_parent(shards, moment):
     assert not left
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_workers_leave_stop_signals_to_the_trainer(shards, tokenizer, number):
+    """Ctrl-C and a scheduler's warning go to every process of a job; the data must keep coming."""
+    with loader(shards, tokenizer, workers=1) as it:
+        steps = iter(it)
+        for pid in alive_children():  # also while the worker is still starting
+            os.kill(pid, number)
+        seen = [next(steps)[0]]
+        for pid in alive_children():
+            os.kill(pid, number)
+        seen += [step for step, _, _ in steps]
+    assert seen == [0, 1, 2, 3]
+    assert not alive_children()
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
