@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def summarise(run_dir: Path) -> RunSummary:
     window = max(1, len(lines) // 10)
 
     def mean(part: list[dict[str, Any]], key: str) -> float:
-        return sum(line[key] for line in part) / len(part)
+        values = [line[key] for line in part if line[key] is not None]  # null: was not finite
+        return sum(values) / len(values) if values else math.nan
 
     terms = ("loss", "ce", "align")
     steady = lines[1:] or lines  # the first step pays for start-up

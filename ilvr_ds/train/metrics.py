@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -55,8 +56,12 @@ class MetricsWriter:
             self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Record one step; `line` has a key "step" (1-based) and scalar values."""
-        self._file.write(json.dumps(line) + "\n")
+        """Record one step; `line` has a key "step" (1-based) and scalar values.
+
+        A value that is not finite is written as null: JSON has no NaN, and readers other than Python's refuse it.
+        """
+        written = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        self._file.write(json.dumps(written, allow_nan=False) + "\n")
         self._file.flush()
         self._bar.update(1)
         self._bar.set_postfix_str(
