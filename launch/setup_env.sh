@@ -33,7 +33,7 @@ if [ ! -f "$MARK" ]; then
     [ -x .venv/bin/python ] || "$PYTHON_FOUND" -m venv .venv
     # torch first: deepspeed's build looks for it. No operator is compiled here (DS_BUILD_OPS=0).
     # shellcheck disable=SC2086
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check ${ILVR_PIP_ARGS:-} -c constraints.txt torch setuptools wheel
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check ${ILVR_PIP_ARGS:-} -c constraints.txt torch setuptools
     # shellcheck disable=SC2086
     DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check ${ILVR_PIP_ARGS:-} \
         -c constraints.txt -e ".[$EXTRAS]"

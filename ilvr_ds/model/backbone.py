@@ -19,7 +19,7 @@ from ilvr_ds.data.tokens import Vocabulary
 from ilvr_ds.errors import BatchError, ConfigError
 from ilvr_ds.model.loss_head import LossHead, replace_head
 from ilvr_ds.model.patch_embedding import replace_patch_embedding
-from ilvr_ds.model.varlen_attention import AttentionName, resolve_attention, use_attention
+from ilvr_ds.model.varlen_attention import AttentionName, Bounds, PackedCache, resolve_attention, use_attention
 from ilvr_ds.model.vision import DUMMY_GRID, FLOAT_PATCH, Grid, normalise_patches, vision_layout
 
 
@@ -163,29 +163,56 @@ def read_config(folder: str | Path) -> Qwen2_5_VLConfig:
 def run_language_model(language_model: nn.Module, embeddings: Tensor, batch: PackedBatch) -> Tensor:
     """A Qwen2.5-VL text decoder over one packed sequence, no sample seeing another.
 
-    Position ids are (4, 1, T): the position in the sample, then the three rotary rows. `use_cache` is off and
-    no mask is passed: with 2-D or (3, 1, T) positions, a cache or a mask, transformers lets packed samples see
-    each other. The bounds go down as `cu_seq_lens_*` with Python integers as maximum, so that no layer asks
-    the device.
-
     Args:
         embeddings: (T, D).
 
     Returns:
         (T, D) hidden states after the final norm.
     """
-    tokens = torch.arange(embeddings.shape[0], device=embeddings.device)
+    bounds = Bounds(batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen)
+    return run_packed(language_model, embeddings, packed_position_ids(batch), bounds)
+
+
+def packed_position_ids(batch: PackedBatch) -> Tensor:
+    """(4, T): the position in the sample, then the three rotary rows."""
+    tokens = torch.arange(batch.input_ids.shape[0], device=batch.cu_seqlens.device)
     in_sample = tokens - batch.cu_seqlens.to(torch.int64)[batch.sample_of_token]  # (T,)
-    position_ids = torch.cat([in_sample[None], batch.position_ids])[:, None]  # (4, 1, T)
+    return torch.cat([in_sample[None], batch.position_ids])
+
+
+def run_packed(
+    language_model: nn.Module,
+    embeddings: Tensor,
+    position_ids: Tensor,
+    bounds: Bounds,
+    packed_cache: PackedCache | None = None,
+) -> Tensor:
+    """A Qwen2.5-VL text decoder over packed tokens, which may follow tokens of earlier calls.
+
+    transformers' `use_cache` is off and no mask is passed: with 2-D or (3, 1, n) positions, one of its caches or
+    a mask, it lets packed samples see each other; and it takes its caches away when activation checkpointing is
+    on. Ours goes down to the attention function as one more keyword. The bounds go down as `cu_seq_lens_*` with
+    Python integers as maximum, so that no layer asks the device.
+
+    Args:
+        embeddings: (n, D).
+        position_ids: (4, n), as `packed_position_ids`.
+        bounds: of the sequences among the n queries, and among the keys.
+        packed_cache: gives each layer the keys of earlier calls; None: keys are those of the n tokens.
+
+    Returns:
+        (n, D) hidden states after the final norm.
+    """
     output = language_model(
         inputs_embeds=embeddings[None],
-        position_ids=position_ids,
+        position_ids=position_ids[:, None],  # (4, 1, n)
         attention_mask=None,
         use_cache=False,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
+        cu_seq_lens_q=bounds.q,
+        cu_seq_lens_k=bounds.k,
+        max_length_q=bounds.max_q,
+        max_length_k=bounds.max_k,
+        packed_cache=packed_cache,
     )
     return output.last_hidden_state[0]
 

@@ -7,6 +7,9 @@ registered with transformers' `AttentionInterface`:
 - `torch_varlen`: `torch.nn.attention.varlen.varlen_attn`, inside torch; CUDA, half precision
 - `sdpa`: `scaled_dot_product_attention`, one call per distinct sequence length; any device, any precision
 
+With a `PackedCache` the keys are more than the queries: those of earlier calls come first. Causal then means
+bottom-right aligned: the last query of a sequence sees all its keys, the one before it all but the last.
+
 The registered names contain "flash" so that Qwen2.5-VL's vision tower hands over `cu_seqlens` in one call
 instead of one call per window, and they have no entry in the mask registry so that no T x T mask is built.
 Naming an implementation when the model is built (`attn_implementation=`, `set_attn_implementation`) makes
@@ -21,8 +24,9 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +87,24 @@ def use_attention(model: PreTrainedModel, implementation: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------ the calls
+class PackedCache(Protocol):
+    """Keys and values of tokens that were run before; handed down to the layers as `packed_cache=`."""
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """This call's keys and values (n, H_kv, d) -> those its queries see (m, H_kv, d), sequences end to end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where sequences lie among packed queries and among packed keys."""
+
+    q: Tensor  # (B + 1,) int32
+    k: Tensor  # (B + 1,) int32; the same object as `q` without a cache
+    max_q: int
+    max_k: int
+
+
 def _attention(
     kernel: Callable[..., Tensor],
     module: nn.Module,
@@ -99,6 +121,7 @@ def _attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    packed_cache: PackedCache | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; returns ((1, T, H, d), None).
@@ -115,7 +138,10 @@ def _attention(
     if query.shape[0] != 1:
         raise AttentionError(f"packed attention takes one row of packed tokens, got {query.shape[0]} rows")
     if query.shape[2] != key.shape[2]:
-        raise AttentionError(f"{query.shape[2]} queries and {key.shape[2]} keys: decoding with a cache is not packed")
+        raise AttentionError(
+            f"{query.shape[2]} queries and {key.shape[2]} keys: transformers' own caches do not know packed sequences; "
+            "hand over a packed_cache"
+        )
     if attention_mask is not None or sliding_window is not None or dropout:
         raise AttentionError(
             f"packed attention has no mask, sliding window or dropout (got mask={attention_mask is not None}, "
@@ -124,65 +150,110 @@ def _attention(
     causal = module.is_causal if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d), (T, H_kv, d) twice
-    return kernel(q, k, v, cu_seq_lens_q, max_length_q, causal, scale).unsqueeze(0), None
+    if packed_cache is not None:
+        k, v = packed_cache.extend(module.layer_idx, k, v)
+    bounds = Bounds(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    return kernel(q, k, v, bounds, causal, scale).unsqueeze(0), None
 
 
-def _per_sequence(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, scale: float
-) -> Tensor:
+def _per_sequence(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, causal: bool, scale: float) -> Tensor:
     """softmax(q k^T scale [+ causal mask]) v inside each sequence; neighbours of one length share a call.
 
     A decoder's sequences are slices, without a copy. The vision tower's windows are hundreds of sequences of few
     lengths that alternate, so where that saves calls, all sequences of one length are gathered into one. On CPUs
     bfloat16 is computed in float32: the backward of torch's half-precision CPU kernel is twice as slow
-    (1.96 against 1.10 ms for 230 tokens, 4 heads of 32). On CUDA reading `cu_seqlens` waits for the device; this
+    (1.96 against 1.10 ms for 230 tokens, 4 heads of 32). On CUDA reading the bounds waits for the device; this
     backend is for CPUs and for checks.
     """
-    bounds = cu_seqlens.tolist()
-    if bounds[-1] != q.shape[0]:
-        raise AttentionError(f"cu_seqlens end at {bounds[-1]}, there are {q.shape[0]} packed tokens")
+    spans = _spans(q.shape[0], k.shape[0], bounds, causal)
     dtype = q.dtype
     if q.device.type == "cpu" and dtype in _HALF:
         q, k, v = q.float(), k.float(), v.float()
-    spans = [(start, end - start) for start, end in pairwise(bounds) if end > start]
     runs = _runs(spans)
-    lengths = {length for _, length in spans}
+    shapes = {(span.queries, span.keys) for span in spans}
 
-    def attend(batch: list[Tensor], count: int, length: int) -> Tensor:  # three (count * length, H, d) -> one
-        split = [x.unflatten(0, (count, length)).transpose(1, 2) for x in batch]  # (count, H, length, d)
-        out = F.scaled_dot_product_attention(*split, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    def attend(batch: list[Tensor], count: int, queries: int, keys: int) -> Tensor:  # -> (count * queries, H, d)
+        lengths = (queries, keys, keys)
+        split = [x.unflatten(0, (count, n)).transpose(1, 2) for x, n in zip(batch, lengths, strict=True)]
+        mask = _lower_right(queries, keys, q.device) if causal and 1 < queries < keys else None
+        out = F.scaled_dot_product_attention(
+            *split, mask, is_causal=causal and queries == keys, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )  # (count, H, queries, d)
         return out.transpose(1, 2).flatten(0, 1)
 
-    if len(runs) <= 2 * len(lengths):  # slices
-        outputs = [
-            attend([x.narrow(0, start, count * length) for x in (q, k, v)], count, length)
-            for start, count, length in runs
-        ]
+    if len(runs) <= 2 * len(shapes) or len(shapes) == len(spans):  # slices
+        outputs = []
+        for first, count in runs:
+            narrow_q = q.narrow(0, first.q_start, count * first.queries)
+            narrow_k, narrow_v = (x.narrow(0, first.k_start, count * first.keys) for x in (k, v))
+            outputs.append(attend([narrow_q, narrow_k, narrow_v], count, first.queries, first.keys))
         return torch.cat(outputs).to(dtype)
     rows, outputs = [], []
-    for length in sorted(lengths):
-        starts = torch.tensor([start for start, own in spans if own == length])
-        row = (starts[:, None] + torch.arange(length)).flatten().to(q.device)  # (count * length,)
-        outputs.append(attend([x.index_select(0, row) for x in (q, k, v)], len(starts), length))
+    for queries, keys in sorted(shapes):
+        own = [span for span in spans if (span.queries, span.keys) == (queries, keys)]
+        row = _rows([span.q_start for span in own], queries).to(q.device)
+        key_row = row if bounds.q is bounds.k else _rows([span.k_start for span in own], keys).to(q.device)
+        parts = [q.index_select(0, row), k.index_select(0, key_row), v.index_select(0, key_row)]
+        outputs.append(attend(parts, len(own), queries, keys))
         rows.append(row)
     return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(rows))).to(dtype)
 
 
-def _runs(spans: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """[(start, length)] end to end -> [(start, how many neighbours of this length, length)]."""
-    runs: list[tuple[int, int, int]] = []
-    for start, length in spans:
-        if runs and runs[-1][2] == length:
-            first, count, _ = runs[-1]
-            runs[-1] = (first, count + 1, length)
+@dataclass(frozen=True)
+class _Span:
+    """One sequence among packed queries and keys."""
+
+    q_start: int
+    queries: int
+    k_start: int
+    keys: int
+
+
+def _spans(queries: int, keys: int, bounds: Bounds, causal: bool) -> list[_Span]:
+    """Sequences that have queries. Raises AttentionError if the bounds do not fit the tensors, or each other."""
+    q_bounds = bounds.q.tolist()
+    k_bounds = q_bounds if bounds.k is bounds.q else bounds.k.tolist()
+    if len(q_bounds) != len(k_bounds) or q_bounds[-1] != queries or k_bounds[-1] != keys:
+        raise AttentionError(
+            f"cu_seqlens of {len(q_bounds) - 1} and {len(k_bounds) - 1} sequences end at {q_bounds[-1]} queries and "
+            f"{k_bounds[-1]} keys, there are {queries} packed tokens and {keys} keys"
+        )
+    spans = [
+        _Span(q_start, q_end - q_start, k_start, k_end - k_start)
+        for (q_start, q_end), (k_start, k_end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True)
+        if q_end > q_start
+    ]
+    for span in spans:
+        if span.keys < (span.queries if causal else 1):
+            raise AttentionError(f"a sequence of {span.queries} queries has {span.keys} keys; causal needs as many")
+    return spans
+
+
+def _rows(starts: list[int], length: int) -> Tensor:
+    """Row numbers of stretches of one length, (len(starts) * length,)."""
+    return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
+
+
+def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool: query i sees keys 0 .. keys - queries + i."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _runs(spans: list[_Span]) -> list[tuple[_Span, int]]:
+    """Sequences end to end -> (first, how many neighbours of this shape)."""
+    runs: list[tuple[_Span, int]] = []
+    for span in spans:
+        first, count = runs[-1] if runs else (span, 0)
+        if count and (first.queries, first.keys, first.k_start + count * first.keys) == (
+            span.queries, span.keys, span.k_start,
+        ):  # fmt: skip
+            runs[-1] = (first, count + 1)
         else:
-            runs.append((start, 1, length))
+            runs.append((span, 1))
     return runs
 
 
-def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, scale: float
-) -> Tensor:
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, causal: bool, scale: float) -> Tensor:
     _require_half(q, "torch_varlen")
     parameters = _torch_varlen_parameters()
     options: dict[str, object] = {"scale": scale}
@@ -196,12 +267,10 @@ def _torch_varlen(
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     varlen = importlib.import_module("torch.nn.attention.varlen")
-    return varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, **options)
+    return varlen.varlen_attn(q, k, v, bounds.q, bounds.k, bounds.max_q, bounds.max_k, **options)
 
 
-def _flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, scale: float
-) -> Tensor:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, causal: bool, scale: float) -> Tensor:
     _require_half(q, "flash_attn")
     module = _flash_attn_module()
     if module is None:
@@ -210,10 +279,10 @@ def _flash_attn(
         q,
         k,
         v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_length,
-        max_seqlen_k=max_length,
+        cu_seqlens_q=bounds.q,
+        cu_seqlens_k=bounds.k,
+        max_seqlen_q=bounds.max_q,
+        max_seqlen_k=bounds.max_k,
         softmax_scale=scale,
         causal=causal,
     )

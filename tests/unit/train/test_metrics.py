@@ -10,10 +10,22 @@ from ilvr_ds.train.metrics import METRICS_FILE, MetricsWriter, read_metrics, tru
 
 def line(step: int, loss: float = 1.0) -> dict:
     return {
-        "step": step, "loss": loss, "ce": loss, "align": 0.0, "lr": 0.1, "grad_norm": 1.0, "applied": True,
-        "samples": 4, "tokens": 9, "latents_per_span": 8.0, "teacher_drift": 0.1 * step, "samples_per_s": 2.0, "tokens_per_s": 5.0,
-        "step_s": 2.0, "mfu": None,
-    }  # fmt: skip
+        "step": step,
+        "loss": loss,
+        "ce": loss,
+        "align": 0.0,
+        "lr": 0.1,
+        "grad_norm": 1.0,
+        "applied": True,
+        "samples": 4,
+        "tokens": 9,
+        "latents_per_span": 8.0,
+        "teacher_drift": 0.1 * step,
+        "samples_per_s": 2.0,
+        "tokens_per_s": 5.0,
+        "step_s": 2.0,
+        "mfu": None,
+    }
 
 
 def write(run, lines, first=0):
