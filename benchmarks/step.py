@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from published_schedule import one_each, repeated_teacher
 
 from ilvr_ds.config import load_recipe
 from ilvr_ds.data.packing import pack
@@ -53,13 +54,6 @@ def main() -> None:
     objective = AlignmentObjective.from_recipe(recipe, tokenizer.vocabulary, device)
     engine = build_engine(objective, recipe)
 
-    extra_teacher_runs = 0
-
-    def repeat_teacher(module, arguments) -> None:
-        for _ in range(extra_teacher_runs):
-            module.forward(*arguments)
-
-    objective.teacher.register_forward_pre_hook(repeat_teacher)
     seconds: dict[str, list[float]] = {"packed": [], "one_sample": [], "published": []}
     padding = micro_batches = samples = tokens = spans = 0
     for step in range(args.steps + 1):
@@ -74,13 +68,12 @@ def main() -> None:
             )  # fmt: skip
 
         whole = [packed(micro) for micro in numbers]
-        single = [packed([n]) for micro in numbers for n in micro]
+        single = [packed(group) for group in one_each(numbers)]
         padding += sum(len(b.input_ids) for b in whole) - sum(len(s.input_ids) for s in loaded.values())
         samples, tokens = samples + plan.totals.samples, tokens + plan.totals.tokens
         spans, micro_batches = spans + plan.totals.spans, micro_batches + plan.n_micro
 
         begin = time.perf_counter()
-        extra_teacher_runs = 0
         train_step(engine, whole, lr=1e-5, noise_seed=step)
         seconds["packed"].append((time.perf_counter() - begin) / len(loaded))
 
@@ -88,25 +81,18 @@ def main() -> None:
         train_step(engine, single, lr=1e-5, noise_seed=step)
         seconds["one_sample"].append((time.perf_counter() - begin) / len(loaded))
 
-        # One optimizer step over all samples; the hook needs the spans of each micro-batch in turn.
-        runs = iter([len(b.span_starts) for b in single])
-
-        def next_extra(module, arguments, runs=runs) -> None:
-            nonlocal extra_teacher_runs
-            extra_teacher_runs = next(runs)
-
-        handle = objective.student.network.model.visual.register_forward_pre_hook(next_extra)
         begin = time.perf_counter()
-        train_step(engine, single, lr=1e-5, noise_seed=step)
+        with repeated_teacher(objective.teacher):
+            train_step(engine, single, lr=1e-5, noise_seed=step)
         seconds["published"].append((time.perf_counter() - begin) / len(loaded))
-        handle.remove()
 
     median = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
     print(
         json.dumps(
             {
                 "benchmark": "step",
-                "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+                "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+                "torch": torch.__version__,
                 "device": str(device), "world": world, "zero_stage": engine.stage, "dtype": recipe.model.dtype,
                 "samples": samples, "tokens": tokens, "spans_per_sample": spans / samples,
                 "token_budget": recipe.data.token_budget, "micro_batches_per_step": micro_batches / (args.steps + 1),
