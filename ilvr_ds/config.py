@@ -66,6 +66,9 @@ class LatentConfig:
     """The latent spans; `size` must be what the shards were built with."""
 
     size: int = 8  # K
+    # where the latents' inputs come from: the teacher's targets (stage 1), or the student's own hidden states,
+    # one after the other, with gradient (stage 2)
+    source: Literal["teacher", "self"] = "teacher"
     noise_std: float = 0.01  # sigma of the noise on alignment targets
 
 
@@ -118,7 +121,7 @@ class Recipe:
     data: DataConfig
     model: ModelConfig
     latent: LatentConfig = field(default_factory=LatentConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher: TeacherConfig | None = field(default_factory=TeacherConfig)  # null: no teacher
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -245,11 +248,7 @@ def _check_ranges(r: Recipe) -> None:
         ("data.prefetch_steps", r.data.prefetch_steps, r.data.prefetch_steps >= 1, "1 or more"),
         ("latent.size", r.latent.size, r.latent.size >= 1, "1 or more"),
         ("latent.noise_std", r.latent.noise_std, r.latent.noise_std >= 0, "0 or more"),
-        ("teacher.decay", r.teacher.decay, 0 <= r.teacher.decay <= 1, "0 to 1"),
-        ("teacher.coverage", r.teacher.coverage, 0 < r.teacher.coverage <= 1, "above 0, at most 1"),
-        ("teacher.temperature", r.teacher.temperature, r.teacher.temperature > 0, "above 0"),
-        ("teacher.max_candidates", r.teacher.max_candidates, r.teacher.max_candidates >= r.latent.size,
-         f"latent.size ({r.latent.size}) or more"),
+        *_teacher_rules(r),
         ("loss.ce_weight", r.loss.ce_weight, r.loss.ce_weight >= 0, "0 or more"),
         ("loss.sim_weight", r.loss.sim_weight, r.loss.sim_weight >= 0, "0 or more"),
         ("loss", (r.loss.ce_weight, r.loss.sim_weight), r.loss.ce_weight + r.loss.sim_weight > 0,
@@ -267,3 +266,27 @@ def _check_ranges(r: Recipe) -> None:
     for key, value, holds, allowed in rules:
         if not holds:
             raise ConfigError(f"{key}={value!r}: allowed: {allowed}")
+
+
+def _teacher_rules(r: Recipe) -> list[tuple[str, Any, bool, str]]:
+    """What the teacher's section may hold, and that it is there exactly when latents come from it."""
+    t, own = r.teacher, r.latent.source == "self"
+    if t is None:
+        return [
+            ("teacher", None, own, "a section, as latent.source='teacher'; for stage 2 set latent.source=self"),
+            (
+                "loss.sim_weight",
+                r.loss.sim_weight,
+                r.loss.sim_weight == 0,
+                "0 without a teacher: nothing to align with",
+            ),
+            ("loss.ce_weight", r.loss.ce_weight, r.loss.ce_weight > 0, "above 0 without a teacher"),
+        ]
+    return [
+        ("teacher", "a section", not own, "null, as latent.source='self': the latents are the student's own"),
+        ("teacher.decay", t.decay, 0 <= t.decay <= 1, "0 to 1"),
+        ("teacher.coverage", t.coverage, 0 < t.coverage <= 1, "above 0, at most 1"),
+        ("teacher.temperature", t.temperature, t.temperature > 0, "above 0"),
+        ("teacher.max_candidates", t.max_candidates, t.max_candidates >= r.latent.size,
+         f"latent.size ({r.latent.size}) or more"),
+    ]  # fmt: skip

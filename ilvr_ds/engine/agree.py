@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,19 @@ def gather_numbers(values: Sequence[float], device: torch.device) -> list[list[f
     everyone = torch.empty(dist.get_world_size() * mine.numel(), dtype=torch.float64, device=device)
     dist.all_gather_into_tensor(everyone, mine)
     return everyone.view(-1, mine.numel()).tolist()
+
+
+def largest_over_ranks(device: torch.device) -> Callable[[int], int]:
+    """A function that turns this rank's integer into the largest of all ranks': one all-reduce of 8 bytes a call."""
+
+    def largest(number: int) -> int:
+        if dist.get_world_size() == 1:
+            return number
+        box = torch.tensor(number, dtype=torch.int64, device=device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
+
+    return largest
 
 
 def from_rank_zero(value: Any) -> Any:

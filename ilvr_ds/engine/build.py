@@ -93,6 +93,8 @@ def build_engine(module: nn.Module, recipe: Recipe, memory: dict[str, Any] | Non
     _undo_dummy_step(engine)
     module.train()
     pairs = module.ema_pairs()
+    if pairs and recipe.teacher is None:
+        raise ConfigError(f"teacher=None, but the objective has {len(pairs)} parameters of a teacher to move")
     ema = ShardedEma(engine, wrapped, pairs, recipe.teacher.decay) if pairs else None
     return Engine(engine, module, ema, rank, world, device, recipe)
 

@@ -97,7 +97,8 @@ class FlopsModel:
             return BatchFlops(0.0, 0.0)
         lengths = [end - start for start, end in pairwise(batch.cu_seqlens.tolist())]
         language = self.language_forward(lengths)
-        vision = self.vision_forward(batch.grids)
+        # helper images are the teacher's: without one they are not encoded
+        vision = self.vision_forward(batch.grids if self.has_teacher else batch.grids[: batch.num_input_images])
         student = 3 * (language + self.head_forward(len(batch.targets))) + (3 if self.train_vision else 1) * vision
         return BatchFlops(student, language if self.has_teacher else 0.0)
 

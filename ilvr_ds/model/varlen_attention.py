@@ -24,16 +24,14 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ilvr_ds.errors import AttentionError
+from ilvr_ds.model.sequence_attention import HALF, Bounds, per_sequence
 
 AttentionName = Literal["auto", "flash_attn", "torch_varlen", "sdpa"]
 
@@ -43,7 +41,6 @@ REGISTERED_NAMES = {
     "torch_varlen": "ilvr_flash_torch_varlen",
     "sdpa": "ilvr_flash_per_sequence",
 }
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def resolve_attention(name: AttentionName, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -72,7 +69,7 @@ def missing_for(backend: str, device: torch.device, dtype: torch.dtype) -> str |
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device, got {device.type!r}"
-    if dtype not in _HALF:
+    if dtype not in HALF:
         return f"its kernels compute in bfloat16 or float16, got {dtype}"
     if backend == "flash_attn" and _flash_attn_module() is None:
         return "no flash-attn package is installed (pip install flash-attn)"
@@ -93,16 +90,6 @@ class PackedCache(Protocol):
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """This call's keys and values (n, H_kv, d) -> those its queries see (m, H_kv, d), sequences end to end."""
         ...
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Where sequences lie among packed queries and among packed keys."""
-
-    q: Tensor  # (B + 1,) int32
-    k: Tensor  # (B + 1,) int32; the same object as `q` without a cache
-    max_q: int
-    max_k: int
 
 
 def _attention(
@@ -156,103 +143,6 @@ def _attention(
     return kernel(q, k, v, bounds, causal, scale).unsqueeze(0), None
 
 
-def _per_sequence(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, causal: bool, scale: float) -> Tensor:
-    """softmax(q k^T scale [+ causal mask]) v inside each sequence; neighbours of one length share a call.
-
-    A decoder's sequences are slices, without a copy. The vision tower's windows are hundreds of sequences of few
-    lengths that alternate, so where that saves calls, all sequences of one length are gathered into one. On CPUs
-    bfloat16 is computed in float32: the backward of torch's half-precision CPU kernel is twice as slow
-    (1.96 against 1.10 ms for 230 tokens, 4 heads of 32). On CUDA reading the bounds waits for the device; this
-    backend is for CPUs and for checks.
-    """
-    spans = _spans(q.shape[0], k.shape[0], bounds, causal)
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype in _HALF:
-        q, k, v = q.float(), k.float(), v.float()
-    runs = _runs(spans)
-    shapes = {(span.queries, span.keys) for span in spans}
-
-    def attend(batch: list[Tensor], count: int, queries: int, keys: int) -> Tensor:  # -> (count * queries, H, d)
-        lengths = (queries, keys, keys)
-        split = [x.unflatten(0, (count, n)).transpose(1, 2) for x, n in zip(batch, lengths, strict=True)]
-        mask = _lower_right(queries, keys, q.device) if causal and 1 < queries < keys else None
-        out = F.scaled_dot_product_attention(
-            *split, mask, is_causal=causal and queries == keys, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )  # (count, H, queries, d)
-        return out.transpose(1, 2).flatten(0, 1)
-
-    if len(runs) <= 2 * len(shapes) or len(shapes) == len(spans):  # slices
-        outputs = []
-        for first, count in runs:
-            narrow_q = q.narrow(0, first.q_start, count * first.queries)
-            narrow_k, narrow_v = (x.narrow(0, first.k_start, count * first.keys) for x in (k, v))
-            outputs.append(attend([narrow_q, narrow_k, narrow_v], count, first.queries, first.keys))
-        return torch.cat(outputs).to(dtype)
-    rows, outputs = [], []
-    for queries, keys in sorted(shapes):
-        own = [span for span in spans if (span.queries, span.keys) == (queries, keys)]
-        row = _rows([span.q_start for span in own], queries).to(q.device)
-        key_row = row if bounds.q is bounds.k else _rows([span.k_start for span in own], keys).to(q.device)
-        parts = [q.index_select(0, row), k.index_select(0, key_row), v.index_select(0, key_row)]
-        outputs.append(attend(parts, len(own), queries, keys))
-        rows.append(row)
-    return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(rows))).to(dtype)
-
-
-@dataclass(frozen=True)
-class _Span:
-    """One sequence among packed queries and keys."""
-
-    q_start: int
-    queries: int
-    k_start: int
-    keys: int
-
-
-def _spans(queries: int, keys: int, bounds: Bounds, causal: bool) -> list[_Span]:
-    """Sequences that have queries. Raises AttentionError if the bounds do not fit the tensors, or each other."""
-    q_bounds = bounds.q.tolist()
-    k_bounds = q_bounds if bounds.k is bounds.q else bounds.k.tolist()
-    if len(q_bounds) != len(k_bounds) or q_bounds[-1] != queries or k_bounds[-1] != keys:
-        raise AttentionError(
-            f"cu_seqlens of {len(q_bounds) - 1} and {len(k_bounds) - 1} sequences end at {q_bounds[-1]} queries and "
-            f"{k_bounds[-1]} keys, there are {queries} packed tokens and {keys} keys"
-        )
-    spans = [
-        _Span(q_start, q_end - q_start, k_start, k_end - k_start)
-        for (q_start, q_end), (k_start, k_end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True)
-        if q_end > q_start
-    ]
-    for span in spans:
-        if span.keys < (span.queries if causal else 1):
-            raise AttentionError(f"a sequence of {span.queries} queries has {span.keys} keys; causal needs as many")
-    return spans
-
-
-def _rows(starts: list[int], length: int) -> Tensor:
-    """Row numbers of stretches of one length, (len(starts) * length,)."""
-    return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
-
-
-def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(queries, keys) bool: query i sees keys 0 .. keys - queries + i."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
-def _runs(spans: list[_Span]) -> list[tuple[_Span, int]]:
-    """Sequences end to end -> (first, how many neighbours of this shape)."""
-    runs: list[tuple[_Span, int]] = []
-    for span in spans:
-        first, count = runs[-1] if runs else (span, 0)
-        if count and (first.queries, first.keys, first.k_start + count * first.keys) == (
-            span.queries, span.keys, span.k_start,
-        ):  # fmt: skip
-            runs[-1] = (first, count + 1)
-        else:
-            runs.append((span, 1))
-    return runs
-
-
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, causal: bool, scale: float) -> Tensor:
     _require_half(q, "torch_varlen")
     parameters = _torch_varlen_parameters()
@@ -290,7 +180,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, causal: bool, s
 
 
 def _require_half(query: Tensor, backend: str) -> None:
-    if query.dtype not in _HALF:
+    if query.dtype not in HALF:
         raise AttentionError(
             f"model.attention={backend!r} computes in bfloat16 or float16, got {query.dtype}; set model.dtype=bfloat16 "
             "or model.attention=sdpa"
@@ -316,5 +206,5 @@ def _flash_attn_module() -> str | None:
     return "flash_attn.cute" if importlib.util.find_spec("flash_attn.cute") is not None else None
 
 
-for _backend, _kernel in (("flash_attn", _flash_attn), ("torch_varlen", _torch_varlen), ("sdpa", _per_sequence)):
+for _backend, _kernel in (("flash_attn", _flash_attn), ("torch_varlen", _torch_varlen), ("sdpa", per_sequence)):
     AttentionInterface.register(REGISTERED_NAMES[_backend], functools.partial(_attention, _kernel))

@@ -8,14 +8,13 @@ from torch import nn
 from ilvr_ds.config import LatentConfig, LossConfig, Recipe
 from ilvr_ds.contracts import LossTerms, PackedBatch
 from ilvr_ds.data.tokens import Vocabulary
-from ilvr_ds.errors import BatchError
+from ilvr_ds.errors import BatchError, ConfigError
 from ilvr_ds.model.backbone import Backbone
 from ilvr_ds.model.host_plan import host_plan, to_device
 from ilvr_ds.model.student import forward_with_targets
 from ilvr_ds.model.teacher import Teacher
 from ilvr_ds.objective.losses import alignment_loss, target_noise
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # the values of model.dtype
+from ilvr_ds.objective.student import load_student
 
 
 class AlignmentObjective(nn.Module):
@@ -46,16 +45,9 @@ class AlignmentObjective(nn.Module):
         Raises:
             ConfigError, AttentionError: as `Backbone.load`.
         """
-        model = recipe.model
-        student = Backbone.load(
-            model.path,
-            dtype=DTYPES[model.dtype],
-            attention=model.attention,
-            device=device,
-            gradient_checkpointing=model.gradient_checkpointing,
-            train_vision=model.train_vision,
-            vocabulary=vocabulary,
-        )
+        if recipe.teacher is None:
+            raise ConfigError("teacher=None: alignment needs a teacher; see latent.source")
+        student = load_student(recipe.model, vocabulary, device)
         return cls(student, Teacher.of(student, recipe.teacher), recipe.latent, recipe.loss)
 
     def ema_pairs(self) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from ilvr_ds.data.loader import LoadedStep, StepLoader
 from ilvr_ds.data.plan import CostModel, Lengths, StepPlan, check_fits, steps_per_epoch
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
-from ilvr_ds.engine.agree import from_rank_zero, gather_numbers
+from ilvr_ds.engine.agree import from_rank_zero, gather_numbers, largest_over_ranks
 from ilvr_ds.engine.build import Engine, build_engine
 from ilvr_ds.engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, read_state, save_checkpoint
 from ilvr_ds.engine.distributed import init_distributed
@@ -27,7 +27,7 @@ from ilvr_ds.engine.step import train_step
 from ilvr_ds.errors import CheckpointError, ConfigError, IlvrError, TrainingError
 from ilvr_ds.model.backbone import read_config
 from ilvr_ds.model.flops import FlopsModel, peak_flops
-from ilvr_ds.objective.alignment import AlignmentObjective
+from ilvr_ds.objective.build import build_objective
 from ilvr_ds.train.metrics import METRICS_FILE, MetricsWriter, truncate_metrics
 from ilvr_ds.train.rundir import check_resumable, write_recipe
 from ilvr_ds.train.schedule import learning_rate
@@ -77,7 +77,7 @@ def train(recipe: Recipe) -> int:
             total_steps=schedule.last_step(recipe), cost=cost_model(recipe), pin_memory=device.type == "cuda",
         ) as loader:  # fmt: skip
             steps = iter(loader)  # the workers start now, while the model is being loaded
-            objective = AlignmentObjective.from_recipe(recipe, tokenizer.vocabulary, device)
+            objective = build_objective(recipe, tokenizer.vocabulary, device, agree=largest_over_ranks(device))
             engine = build_engine(objective, recipe)
             if start.checkpoint is not None:
                 load_checkpoint(engine, start.checkpoint)
@@ -121,7 +121,9 @@ class _Run:
     def __init__(self, recipe: Recipe, schedule: Schedule, engine: Engine, shards: ShardSet, start: _Start):
         self.recipe, self.schedule, self.engine, self.shards, self.start = recipe, schedule, engine, shards, start
         self.run_dir = Path(recipe.run.dir)
-        self.flops = FlopsModel(engine.module.student.config, recipe.model.train_vision)
+        self.flops = FlopsModel(
+            engine.module.student.config, recipe.model.train_vision, has_teacher=recipe.teacher is not None
+        )
         on_gpu = engine.device.type == "cuda"
         self.peak = peak_flops(torch.cuda.get_device_name(engine.device)) if on_gpu else None
         self.writer: MetricsWriter | None = None

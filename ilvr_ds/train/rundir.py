@@ -19,7 +19,7 @@ _FIXED = {
     "run": ("seed", "epochs", "max_steps"),
     "data": ("samples_per_step",),
     "model": ("dtype", "train_vision"),
-    "latent": ("size", "noise_std"),
+    "latent": ("size", "noise_std", "source"),
     "teacher": ("decay", "coverage", "temperature", "max_candidates"),
     "loss": ("ce_weight", "sim_weight", "reduction"),
     "optimizer": ("lr", "weight_decay", "betas", "eps", "warmup_fraction", "min_lr_fraction", "grad_clip"),
@@ -34,6 +34,14 @@ def check_resumable(saved: dict[str, Any], recipe: Recipe, origin: str) -> None:
     now = recipe_to_dict(recipe)
     before = recipe_to_dict(parse_recipe(saved, origin))
     for section, keys in _FIXED.items():
+        if before[section] is None or now[section] is None:  # a section that is null as a whole
+            if before[section] != now[section]:
+                raise ConfigError(
+                    f"{section}={'null' if now[section] is None else 'a section'}, but the run being resumed "
+                    f"({origin}) has {'null' if before[section] is None else 'a section'}; use the same, or start a "
+                    "new run in another run.dir"
+                )
+            continue
         for key in keys:
             if before[section][key] != now[section][key]:
                 raise ConfigError(

@@ -14,6 +14,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ilvr_ds.errors import AttentionError
 from ilvr_ds.model import varlen_attention
+from ilvr_ds.model.sequence_attention import Bounds, per_sequence
 from ilvr_ds.model.varlen_attention import REGISTERED_NAMES, resolve_attention, use_attention
 
 CAUSAL = SimpleNamespace(is_causal=True)
@@ -113,7 +114,9 @@ def test_windows_of_one_length_are_one_call(monkeypatch):
         ({"max_length_q": None}, "without cu_seq_lens"),
         ({"sliding_window": 2}, "sliding_window=2"),
         ({"dropout": 0.1}, "dropout=0.1"),
-        ({"cu_seq_lens_q": torch.tensor([0, 2], dtype=torch.int32)}, "end at 2, there are 5"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2], dtype=torch.int32)}, "end at 2 queries and 5 keys, there are 5"),
+        ({"cu_seq_lens_k": torch.tensor([0, 2], dtype=torch.int32)}, "end at 5 queries and 2 keys, there are 5"),
+        ({"cu_seq_lens_k": torch.tensor([0, 2, 5], dtype=torch.int32)}, "1 and 2 sequences"),
     ],
 )
 def test_what_would_leak_or_be_ignored_is_an_error(options, message):
@@ -139,6 +142,65 @@ def test_a_model_called_the_ordinary_way_refuses_instead_of_leaking(small):
     use_attention(network, REGISTERED_NAMES["sdpa"])
     with pytest.raises(AttentionError, match="without cu_seq_lens"):
         network.model.language_model(inputs_embeds=torch.zeros(1, 4, small.width))
+
+
+# ------------------------------------------------------------------------- more keys than queries
+class Past:
+    """A cache that puts earlier keys and values of each sequence before its new ones."""
+
+    def __init__(self, past, old, new):
+        self.past, self.old, self.new = past, old, new
+
+    def extend(self, layer, key, value):
+        assert layer == 7
+        both = []
+        for before, now in zip(self.past, (key, value), strict=True):
+            pairs = zip(before.split(self.old), now.split(self.new), strict=True)
+            both.append(torch.cat([part for pair in pairs for part in pair]))
+        return tuple(both)
+
+
+def after_past(old, new, q, k, v, *, backend="sdpa"):
+    """Attention of the last `new` tokens of each sequence, the first `old` ones being in a cache."""
+    layer = SimpleNamespace(is_causal=True, layer_idx=7)
+    lengths = [a + b for a, b in zip(old, new, strict=True)]
+    is_new = torch.cat([torch.arange(a + b) >= a for a, b in zip(old, new, strict=True)])
+    past = Past([x[0, :, ~is_new].transpose(0, 1) for x in (k, v)], old, new)
+    bounds = [torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in (new, lengths)]
+    return AttentionInterface()[REGISTERED_NAMES[backend]](
+        layer, *(x[:, :, is_new] for x in (q, k, v)), None, packed_cache=past, scaling=0.3,
+        cu_seq_lens_q=bounds[0], cu_seq_lens_k=bounds[1], max_length_q=max(new), max_length_k=max(lengths),
+    )[0], is_new  # fmt: skip
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=6),
+    repeat=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
+def test_tokens_after_a_past_see_what_they_see_in_one_call(pairs, repeat, seed):
+    """Bottom-right causal, also where many sequences of a few shapes are gathered into one call."""
+    pairs = pairs * repeat
+    old, new = [list(x) for x in zip(*pairs, strict=True)]
+    if not any(new):
+        return
+    q, k, v = inputs([a + b for a, b in pairs], seed=seed)
+    out, is_new = after_past(old, new, q, k, v)
+    expected = one_by_one([a + b for a, b in pairs], q, k, v, True, 0.3)[:, is_new]
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn(out.shape, dtype=out.dtype)
+    for got, wanted in zip(
+        torch.autograd.grad(out, [q, k, v], upstream), torch.autograd.grad(expected, [q, k, v], upstream), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_fewer_keys_than_queries_are_an_error():
+    q, k, v = (x[0].transpose(0, 1) for x in inputs([5]))
+    bounds = [torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 3, 5], dtype=torch.int32)]
+    with pytest.raises(AttentionError, match="3 queries has 2 keys"):
+        per_sequence(q, k, v, Bounds(*bounds, 3, 3), True, 1.0)
 
 
 @pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen"])
@@ -194,7 +256,7 @@ def test_two_models_of_one_process_may_differ(small):
 # ------------------------------------------------------------------- torch's kernel, as versions differ
 def kernel_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None, scale=None):
     assert query.shape[1] == key.shape[1], "this version has no grouped queries"
-    return varlen_attention._per_sequence(query, key, value, cu_seq_q, max_q, is_causal, scale)
+    return per_sequence(query, key, value, Bounds(cu_seq_q, cu_seq_k, max_q, max_k), is_causal, scale)
 
 
 def kernel_2_13(
@@ -202,7 +264,7 @@ def kernel_2_13(
 ):
     assert enable_gqa == (query.shape[1] != key.shape[1])
     assert window_size in ((-1, 0), (-1, -1))
-    return varlen_attention._per_sequence(query, key, value, cu_seq_q, max_q, window_size == (-1, 0), scale)
+    return per_sequence(query, key, value, Bounds(cu_seq_q, cu_seq_k, max_q, max_k), window_size == (-1, 0), scale)
 
 
 @pytest.mark.parametrize("kernel", [kernel_2_10, kernel_2_13])

@@ -1,0 +1,36 @@
+"""Which objective a recipe asks for. A stage is a recipe: where the latents come from decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ilvr_ds.config import Recipe
+from ilvr_ds.data.tokens import Vocabulary
+from ilvr_ds.objective.alignment import AlignmentObjective
+from ilvr_ds.objective.relaxed import RelaxedObjective, alone
+from ilvr_ds.objective.student import load_student
+
+Objective = AlignmentObjective | RelaxedObjective
+
+
+def build_objective(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    device: torch.device | str = "cpu",
+    agree: Callable[[int], int] = alone,
+) -> Objective:
+    """`latent.source` "teacher": student, teacher and alignment; "self": the student with its own latents.
+
+    Args:
+        device: where training will run.
+        agree: the maximum of an integer over ranks; see `RelaxedObjective`.
+
+    Raises:
+        ConfigError, AttentionError: as `Backbone.load`.
+    """
+    if recipe.latent.source == "teacher":
+        return AlignmentObjective.from_recipe(recipe, vocabulary, device)
+    student = load_student(recipe.model, vocabulary, device)
+    return RelaxedObjective(student, recipe.latent, recipe.loss, agree)
