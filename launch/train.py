@@ -11,6 +11,7 @@ what), 75 stopped by a signal with a checkpoint written.
 """
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -20,7 +21,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, metavar="FILE.yaml", help="the run; see launch/recipes/")
     parser.add_argument(
-        "--describe", action="store_true", help="print the schedule as JSON and end, nothing is trained"
+        "--describe",
+        type=int,
+        metavar="RANKS",
+        help="print schedule and packing on RANKS ranks as JSON; trains nothing",
     )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; read from the environment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, values in YAML")
@@ -36,12 +40,13 @@ def main() -> int:
 
     from ilvr_ds.config import load_recipe
     from ilvr_ds.errors import IlvrError
-    from ilvr_ds.train.loop import describe, train
+    from ilvr_ds.train.describe import describe
+    from ilvr_ds.train.loop import train
 
     try:
         recipe = load_recipe(args.recipe, args.overrides)
-        if args.describe:
-            print(describe(recipe))
+        if args.describe is not None:
+            print(json.dumps(describe(recipe, max(1, args.describe)), indent=1))
             return 0
         return train(recipe)
     except IlvrError as error:

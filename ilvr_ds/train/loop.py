@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import resource
 import sys
 import time
@@ -271,11 +270,3 @@ def _memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def describe(recipe: Recipe) -> str:
-    """What a run would be, without starting it: JSON of the schedule and the plan's first epoch."""
-    shards = ShardSet.open(Path(recipe.data.shards))
-    check_fits(Lengths.from_index(shards.index), recipe.data.token_budget, shards.sample_id)
-    schedule = Schedule.of(recipe, len(shards.index))
-    return json.dumps({"recipe": recipe.name, "samples": len(shards.index)} | dataclasses.asdict(schedule), indent=2)

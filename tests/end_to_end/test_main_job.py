@@ -30,6 +30,15 @@ def full(tiny, train, tmp_path_factory):
     return run
 
 
+def test_describe_says_what_a_run_would_be(tiny, program, tmp_path):
+    told = json.loads(
+        program("launch/train.py", "--recipe", RECIPE, "--describe", 2, *settings(tiny, tmp_path / "none"))
+    )
+    assert (told["samples"], told["steps_per_epoch"], told["total_steps"], told["world"]) == (40, 5, 10, 2)
+    assert told["micro_batches_per_step"] >= 1 and told["imbalance"] >= 1 and 0 < told["fill"] <= 1
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_run_reports_what_it_did(full, metrics):
     lines = metrics(full)
     assert [line["step"] for line in lines] == list(range(1, 11))  # 40 samples / 8, twice
