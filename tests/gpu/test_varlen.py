@@ -2,10 +2,11 @@
 
 Tolerances are on the root mean square error of the worst sequence, over that of the whole reference (float64).
 
-- bfloat16, 2 %: its unit roundoff is 2^-9 = 0.2 %. A flash kernel rounds the probabilities, the output and, in
-  backward, the scores' gradient, and reads the rounded output again: a few roundings each of 0.2 % to 0.4 % of the
-  terms that are added. An emulation with exactly these roundings stays below 1 % (tests/unit/test_gpu_benchmark.py),
-  where a border off by one token, a missing causal mask or another scale gives 5 % and more.
+- bfloat16, 3 %: its unit roundoff is 2^-9 = 0.2 %. A flash kernel rounds the probabilities, the output and, in
+  backward, the scores' gradient, and reads the rounded output again; the shortest sequences have larger values than
+  the average that errors are measured by. An emulation with exactly these roundings stays below 1.5 %
+  (tests/unit/test_gpu_benchmark.py), where a border off by one token, a missing causal mask, wrongly grouped heads
+  or another scale give 18 % and more.
 - float32, 1e-4: torch may compute its products from three TF32 products.
 """
 
@@ -18,7 +19,7 @@ UNEVEN = (150, 37, 1, 60, 200, 2, 90)
 WINDOWS = (64, 64, 16, 64, 16, 4, 64)
 # (heads, key heads, head size, causal): Qwen2.5-VL's decoder groups queries and is causal, its tower neither
 SHAPES = [(4, 2, 64, True), (16, 2, 128, True), (7, 1, 128, True), (4, 4, 80, False), (4, 2, 64, False)]
-TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4}
+TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-4}
 
 
 @pytest.fixture(params=[(b, d) for b in REGISTERED_NAMES for d in TOLERANCE], ids=lambda p: f"{p[0]}-{p[1]}")
