@@ -17,6 +17,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from ilvr_ds.contracts import PackedBatch
 from ilvr_ds.data.tokens import Vocabulary
 from ilvr_ds.errors import BatchError, ConfigError
+from ilvr_ds.model.folder import ModelFolder, empty_network, read_tree
+from ilvr_ds.model.latent_settings import check_latent_tokens
 from ilvr_ds.model.loss_head import LossHead, replace_head
 from ilvr_ds.model.patch_embedding import replace_patch_embedding
 from ilvr_ds.model.varlen_attention import AttentionName, Bounds, PackedCache, resolve_attention, use_attention
@@ -57,6 +59,7 @@ class Backbone(nn.Module):
             _enable_checkpointing(network.model.language_model)
         self.network = network
         self.train_vision = train_vision
+        self.unread: ModelFolder | None = None  # where the weights are, while the parameters have no memory
 
     @classmethod
     def load(
@@ -69,18 +72,27 @@ class Backbone(nn.Module):
         gradient_checkpointing: bool = False,
         train_vision: bool = False,
         vocabulary: Vocabulary | None = None,
+        read_weights: bool = True,
     ) -> Backbone:
         """Read `folder` (config.json, weights) with stock `from_pretrained`, on the CPU.
 
+        Args:
+            read_weights: False leaves the parameters without memory (on the meta device) and sets `unread`; who
+                partitions them (ZeRO-3) then reads each rank's piece of them.
+
         Raises:
-            ConfigError: the folder holds no Qwen2.5-VL model, or its embedding has fewer rows than
-                `vocabulary` has ids.
+            ConfigError: the folder holds no Qwen2.5-VL model, its embedding has fewer rows than
+                `vocabulary` has ids, or its latent tokens are missing or have other ids.
+            CheckpointError: a weight file is missing or damaged; see `ModelFolder`.
             AttentionError: `attention` cannot run on `device` in `dtype`.
         """
         folder = Path(folder)
-        read_config(folder)  # says so if the folder is not a model's
+        opened = ModelFolder(folder)  # says so if the folder is not a complete model's
         resolve_attention(attention, device, dtype)  # fail before the weights are read
-        network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        if read_weights:
+            network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        else:
+            network = empty_network(opened.config, dtype)
         backbone = cls(
             network,
             attention=attention,
@@ -90,6 +102,8 @@ class Backbone(nn.Module):
         )
         if vocabulary is not None:
             check_vocabulary(network, vocabulary, str(folder))
+            check_latent_tokens(folder, vocabulary)
+        backbone.unread = None if read_weights else opened
         return backbone
 
     @property
@@ -155,8 +169,7 @@ class Backbone(nn.Module):
 
 def read_config(folder: str | Path) -> Qwen2_5_VLConfig:
     """The configuration in a model folder, without its weights. Raises ConfigError if there is none."""
-    if not (Path(folder) / "config.json").is_file():
-        raise ConfigError(f"model.path={str(folder)!r}: no config.json there; give the folder of a Qwen2.5-VL model")
+    read_tree(Path(folder))
     return Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
 
 

@@ -35,19 +35,20 @@ class AlignmentObjective(nn.Module):
 
     @classmethod
     def from_recipe(
-        cls, recipe: Recipe, vocabulary: Vocabulary, device: torch.device | str = "cpu"
+        cls, recipe: Recipe, vocabulary: Vocabulary, device: torch.device | str = "cpu", read_weights: bool = True
     ) -> AlignmentObjective:
         """Load the student, copy the teacher from it (both on the CPU; the engine moves them).
 
         Args:
             device: where training will run; decides what attention "auto" is.
+            read_weights: False leaves the weights to whoever partitions the parameters (ZeRO-3).
 
         Raises:
-            ConfigError, AttentionError: as `Backbone.load`.
+            ConfigError, CheckpointError, AttentionError: as `Backbone.load`.
         """
         if recipe.teacher is None:
             raise ConfigError("teacher=None: alignment needs a teacher; see latent.source")
-        student = load_student(recipe.model, vocabulary, device)
+        student = load_student(recipe.model, vocabulary, device, read_weights)
         return cls(student, Teacher.of(student, recipe.teacher), recipe.latent, recipe.loss)
 
     def ema_pairs(self) -> list[tuple[str, str]]:

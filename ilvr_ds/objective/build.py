@@ -20,17 +20,19 @@ def build_objective(
     vocabulary: Vocabulary,
     device: torch.device | str = "cpu",
     agree: Callable[[int], int] = alone,
+    read_weights: bool = True,
 ) -> Objective:
     """`latent.source` "teacher": student, teacher and alignment; "self": the student with its own latents.
 
     Args:
         device: where training will run.
         agree: the maximum of an integer over ranks; see `RelaxedObjective`.
+        read_weights: False leaves the weights to whoever partitions the parameters (ZeRO-3).
 
     Raises:
-        ConfigError, AttentionError: as `Backbone.load`.
+        ConfigError, CheckpointError, AttentionError: as `Backbone.load`.
     """
     if recipe.latent.source == "teacher":
-        return AlignmentObjective.from_recipe(recipe, vocabulary, device)
-    student = load_student(recipe.model, vocabulary, device)
+        return AlignmentObjective.from_recipe(recipe, vocabulary, device, read_weights)
+    student = load_student(recipe.model, vocabulary, device, read_weights)
     return RelaxedObjective(student, recipe.latent, recipe.loss, agree)

@@ -22,6 +22,7 @@ from ilvr_ds.engine.agree import from_rank_zero, gather_numbers, largest_over_ra
 from ilvr_ds.engine.build import Engine, build_engine
 from ilvr_ds.engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, read_state, save_checkpoint
 from ilvr_ds.engine.distributed import init_distributed
+from ilvr_ds.engine.partitioned_load import reads_partitions
 from ilvr_ds.engine.step import train_step
 from ilvr_ds.errors import CheckpointError, ConfigError, IlvrError, TrainingError
 from ilvr_ds.model.backbone import read_config
@@ -76,7 +77,13 @@ def train(recipe: Recipe) -> int:
             total_steps=schedule.last_step(recipe), cost=cost_model(recipe), pin_memory=device.type == "cuda",
         ) as loader:  # fmt: skip
             steps = iter(loader)  # the workers start now, while the model is being loaded
-            objective = build_objective(recipe, tokenizer.vocabulary, device, agree=largest_over_ranks(device))
+            objective = build_objective(
+                recipe,
+                tokenizer.vocabulary,
+                device,
+                agree=largest_over_ranks(device),
+                read_weights=not reads_partitions(recipe),
+            )
             engine = build_engine(objective, recipe)
             if start.checkpoint is not None:
                 load_checkpoint(engine, start.checkpoint)
