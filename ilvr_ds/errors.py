@@ -54,3 +54,7 @@ class TrainingError(IlvrError):
 
 class PuzzleError(IlvrError):
     """A FrozenLake map, a plan or a generator setting is impossible, or the sprites to draw it are missing."""
+
+
+class EvaluationError(IlvrError):
+    """An evaluation cannot go on: other settings than the ones it was begun with, a rank that stopped, ..."""

@@ -1,0 +1,1 @@
+"""Using a trained model: latent decoding, tasks, scoring. Knows nothing of DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Answer extraction and verdicts: pure functions of texts. See docs/scoring.md."""
