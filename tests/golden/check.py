@@ -31,10 +31,12 @@ from ilvr_ds.data.tokens import Vocabulary
 from ilvr_ds.errors import IlvrError
 from ilvr_ds.model.backbone import Backbone
 from ilvr_ds.model.host_plan import host_plan
+from ilvr_ds.model.latent_chain import forward_with_chain, plan_chain, rounds_needed
 from ilvr_ds.model.placement import filled_slots, latent_positions
 from ilvr_ds.model.student import forward_with_targets
 from ilvr_ds.model.teacher import Teacher
 from ilvr_ds.objective.alignment import AlignmentObjective
+from ilvr_ds.objective.relaxed import RelaxedObjective
 
 # name of the check -> largest allowed error; "relative" ones are divided by the expected value
 TOLERANCE = {
@@ -46,6 +48,10 @@ TOLERANCE = {
     "grad_norm": 1e-4,  # relative
     "grad_norms": 1e-4,  # relative, largest over the listed parameters
     "logits": 1e-4,  # absolute, last positions
+    # the same of stage 2, where latents are the student's own states
+    "loss2": 1e-5,
+    "grad_norm2": 1e-4,
+    "logits2": 1e-4,
 }
 
 
@@ -250,6 +256,47 @@ def largest_difference(value: Tensor, expected: Tensor) -> float:
     return (value - expected).abs().max().item() if expected.numel() else 0.0
 
 
+# ---------------------------------------------------------------------------------------- stage 2
+def check_stage2(file: GoldenFile) -> dict[str, dict[str, float]]:
+    """Errors by row and check, as `check_stage1`; cases without a stage-2 record are left out."""
+    latent = LatentConfig(size=file.latent_size, source="self")
+    loss = LossConfig(ce_weight=file.json["ce_weight"], sim_weight=0.0)
+    objective = RelaxedObjective(Backbone(file.network(), attention="sdpa"), latent, loss).train()
+    samples = [file.sample(i) for i in range(len(file.cases))]
+    packs = [("alone", [s], 0, i) for i, s in enumerate(samples)]
+    packs += [("packed", samples, i, i) for i in range(len(samples))]
+    return {
+        f"case{number} {kind}": _stage2_errors(
+            file, objective, _weighted(pack_samples(file, members), row), row, number
+        )
+        for kind, members, row, number in packs
+        if "stage2" in file.cases[number]
+    }
+
+
+def _stage2_errors(
+    file: GoldenFile, objective: RelaxedObjective, batch: PackedBatch, row: int, number: int
+) -> dict[str, float]:
+    expected = file.cases[number]["stage2"]
+    objective.zero_grad()
+    terms = objective(batch, noise_seed=0)
+    terms.loss.backward()
+    squares = sum(p.grad.double().square().sum().item() for p in objective.parameters() if p.grad is not None)
+    errors = {
+        "loss2": relative(terms.loss.item(), expected["loss"]),
+        "grad_norm2": relative(squares**0.5, expected["grad_norm"]),
+    }
+    tail = file.out(number, "stage2_logits_tail")
+    if tail is not None:
+        with torch.no_grad():
+            student, end = objective.student, int(batch.cu_seqlens[row + 1])
+            features = student.encode_images(batch.patches, batch.grids)[: len(batch.image_positions)]
+            plan = plan_chain(batch, rounds_needed(batch))
+            hidden = forward_with_chain(student, batch, features, plan).hidden
+            errors["logits2"] = largest_difference(student.head.logits(hidden[end - len(tail) : end]), tail)
+    return errors
+
+
 # ----------------------------------------------------------------------------------------- report
 def report(errors: dict[str, dict[str, float]]) -> bool:
     """Print the table; True if every error is within its tolerance (a NaN is not)."""
@@ -276,7 +323,10 @@ def main(arguments: list[str] | None = None) -> int:
     path = parser.parse_args(arguments).file
     try:
         file = GoldenFile(path)
-        good = report(check_stage1(file))
+        errors = check_stage1(file)
+        for row, values in check_stage2(file).items():
+            errors[row] |= values
+        good = report(errors)
     except IlvrError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

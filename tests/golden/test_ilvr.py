@@ -1,4 +1,4 @@
-"""Stage 1 equals the published implementation's recorded outputs, through the script a user runs."""
+"""Both stages equal the published implementation's recorded outputs, through the script a user runs."""
 
 import importlib.util
 import json
@@ -55,9 +55,11 @@ def test_every_case_alone_and_packed(golden):
     for number in range(7):
         assert [f"case{number}", "alone"] in rows
         assert [f"case{number}", "packed"] in rows
+    assert "loss2" in result.stdout
+    assert "   -" not in "".join(line for line in result.stdout.splitlines() if line.startswith("case0"))
 
 
-@pytest.mark.parametrize("name", ["query", "teacher_latents", "stage1_logits_tail"])
+@pytest.mark.parametrize("name", ["query", "teacher_latents", "stage1_logits_tail", "stage2_logits_tail"])
 def test_a_wrong_tensor_is_found(main, altered, capsys, name):
     def change(tensors, description):
         only_first_case(tensors, description)
@@ -67,11 +69,14 @@ def test_a_wrong_tensor_is_found(main, altered, capsys, name):
     assert "ABOVE TOLERANCE" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", ["ce", "loss", "grad_norm"])
-def test_a_wrong_number_is_found(main, altered, key):
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [("stage1", "ce"), ("stage1", "loss"), ("stage1", "grad_norm"), ("stage2", "loss"), ("stage2", "grad_norm")],
+)
+def test_a_wrong_number_is_found(main, altered, stage, key):
     def change(tensors, description):
         only_first_case(tensors, description)
-        description["cases"][0]["stage1"][key] *= 1.001
+        description["cases"][0][stage][key] *= 1.001
 
     assert main([str(altered(change))]) == 1
 
