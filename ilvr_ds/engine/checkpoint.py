@@ -115,6 +115,11 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     return _read_json(Path(folder) / "state.json")
 
 
+def read_model(folder: str | Path) -> dict[str, Any]:
+    """Names, shapes and kinds of a checkpoint's parameters, as `describe_model` gives them. Raises CheckpointError."""
+    return _read_json(Path(folder) / "model.json")
+
+
 def load_checkpoint(engine: Engine, folder: str | Path) -> dict[str, Any]:
     """Restore masters, moments, moving average and all weights; returns the saved `state`. Every rank calls it.
 
@@ -158,7 +163,7 @@ def _load_rank(engine: Engine, optimizer: OptimizerState, folder: Path, now: dic
     if not (folder / COMPLETE).is_file():
         what = "not a complete checkpoint (no file COMPLETE)" if folder.is_dir() else "no such checkpoint"
         raise CheckpointError(f"{folder}: {what}; use an older one, or start without run.resume")
-    check_same_model(_read_json(folder / "model.json"), now, str(folder))
+    check_same_model(read_model(folder), now, str(folder))
     readers = [ShardReader(folder, "optimizer")]
     if engine.ema is not None:
         readers.append(ShardReader(folder, "ema"))

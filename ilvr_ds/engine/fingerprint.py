@@ -40,7 +40,7 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     return {
         "dtype": engine.recipe.model.dtype,
         "parameters": parameters,
-        "frozen": {name: f"{int(value) % 2**64:016x}" for name, value in zip(frozen, sums, strict=True)},
+        "frozen": {name: as_text(value) for name, value in zip(frozen, sums, strict=True)},
     }
 
 
@@ -69,13 +69,23 @@ def check_same_model(saved: dict[str, Any], now: dict[str, Any], origin: str) ->
             )
 
 
+def as_text(value: Tensor) -> str:
+    """A checksum () int64 as it stands in model.json: 16 hexadecimal digits."""
+    return f"{int(value) % 2**64:016x}"
+
+
 def _checksum(parameter: nn.Parameter) -> Tensor:
-    """() int64: sum over elements of (bits + 1) * (index * a + b), modulo 2^64; shards simply add up."""
+    """() int64: sum over this rank's elements of (bits + 1) * (index * a + b), modulo 2^64; shards simply add up."""
     flat, start = parameter.detach().view(-1), 0
     if hasattr(parameter, "ds_id"):
         length = parameter.ds_tensor.numel()
         start = min(dist.get_rank(parameter.ds_process_group) * length, parameter.ds_numel)
         flat = parameter.ds_tensor.detach()[: min(length, parameter.ds_numel - start)]
+    return checksum(flat, start)
+
+
+def checksum(flat: Tensor, start: int) -> Tensor:
+    """() int64: the part of a parameter's checksum that `flat` (n,), its elements from `start` on, adds to it."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for begin in range(0, flat.numel(), _CHUNK):
