@@ -41,8 +41,9 @@ def test_a_checkpoint_goes_on_bit_for_bit(found):
 
 
 def test_memory_does_not_grow(found):
-    """The first step makes Adam's moments; from then on every step leaves what the one before it left."""
-    assert found.allocated[1] == found.allocated[2] == found.allocated[3] > 0
+    """The first step makes Adam's moments; a kept graph or a second copy of any weight would be megabytes a step."""
+    assert found.allocated[0] > 0
+    assert max(found.allocated[2:]) - found.allocated[1] < 2**18
 
 
 def test_rotary_frequencies_stay_in_float32(found):
