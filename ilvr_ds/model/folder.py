@@ -71,9 +71,10 @@ class ModelFolder:
                 )
             raise CheckpointError(f"{file.path}: {inside!r} has shape {found}, config.json asks for {shape}")
         if extra:
+            file, inside = self._files[extra[0]]
             raise CheckpointError(
-                f"{self._files[extra[0]][0].path}: tensor {extra[0]!r} (and {len(extra) - 1} more) is not part of a "
-                f"{ARCHITECTURE} with this config.json"
+                f"{file.path}: tensor {inside!r} (one of {len(extra)}) is not part of a {ARCHITECTURE} with this "
+                "config.json"
             )
 
     def _check_tied_head(self) -> None:
@@ -179,4 +180,8 @@ def _weight_files(path: Path) -> list[SafetensorsFile]:
     for tensor, name in weight_map.items():
         if tensor not in files[name].entries:
             raise CheckpointError(f"{path / name}: tensor {tensor!r} is not in it, {INDEX_FILE} says it is")
+    for name, file in files.items():
+        for tensor in file.entries:
+            if weight_map.get(tensor) != name:
+                raise CheckpointError(f"{path / name}: tensor {tensor!r} is in it, {INDEX_FILE} does not say so")
     return list(files.values())
