@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train ILVR stage 1 from a recipe.
+"""Train ILVR, either stage, from a recipe.
 
   one rank        python launch/train.py --recipe launch/recipes/tiny_frozenlake.yaml
   one node        deepspeed --num_gpus 8 launch/train.py --recipe RECIPE.yaml

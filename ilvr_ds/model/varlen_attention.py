@@ -8,7 +8,9 @@ registered with transformers' `AttentionInterface`:
 - `sdpa`: `scaled_dot_product_attention`, one call per distinct sequence length; any device, any precision
 
 With a `PackedCache` the keys are more than the queries: those of earlier calls come first. Causal then means
-bottom-right aligned: the last query of a sequence sees all its keys, the one before it all but the last.
+bottom-right aligned: the last query of a sequence sees all its keys, the one before it all but the last. That is
+what flash-attn computes since 2.1, and torch's varlen kernel, which is built from it (torch's own `causal_lower_right`
+hands over to the same kernel; tests/gpu/test_latent_chain.py). Queries that are alone need no mask and get none.
 
 The registered names contain "flash" so that Qwen2.5-VL's vision tower hands over `cu_seqlens` in one call
 instead of one call per window, and they have no entry in the mask registry so that no T x T mask is built.
@@ -134,7 +136,7 @@ def _attention(
             f"packed attention has no mask, sliding window or dropout (got mask={attention_mask is not None}, "
             f"sliding_window={sliding_window}, dropout={dropout})"
         )
-    causal = module.is_causal if is_causal is None else is_causal
+    causal = (module.is_causal if is_causal is None else is_causal) and max_length_q > 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d), (T, H_kv, d) twice
     if packed_cache is not None:
