@@ -1,6 +1,7 @@
 """Compare this project with recorded outputs of the published implementation.
 
     python tests/golden/check.py ilvr_open.safetensors        (its ilvr_open.json beside it)
+    python tests/golden/check.py decode_open.safetensors      (greedy tokens; see decode_check.py)
 
 Runs every case alone and all cases packed into one sequence, in fp32 on the CPU, through the project's own
 packing, model and objective; prints the largest error of every case and check, and exits 1 if one is above
@@ -317,11 +318,24 @@ def report(errors: dict[str, dict[str, float]]) -> bool:
     return good
 
 
+def is_decode_file(path: Path) -> bool:
+    """The description beside `path` asks for tokens. False where there is no description."""
+    description = path.with_suffix(".json")
+    if not description.is_file():
+        return False
+    tree = json.loads(description.read_text())
+    return "eos" in tree and all("new_tokens" in case for case in tree.get("cases") or [])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="FILE.safetensors; FILE.json beside it")
     path = parser.parse_args(arguments).file
     try:
+        if is_decode_file(path):
+            from decode_check import main_decode  # beside this script; tests of the other kind load it from elsewhere
+
+            return main_decode(path)
         file = GoldenFile(path)
         errors = check_stage1(file)
         for row, values in check_stage2(file).items():

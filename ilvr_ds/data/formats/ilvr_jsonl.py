@@ -21,12 +21,7 @@ def parse_line(line: Line) -> Record:
     """One line as a `Record`. Raises RecordError (reasons of `jsonl`, and empty_steps, unknown_step_type,
     missing_helper_image, marker_count)."""
     fields = parse_object(line)
-    text = fields.take_text("text_input")
-    images = fields.take_paths("image_input")
-    if IMAGE_MARKER in text:
-        prompt = fill_markers(fields, "text_input", text, IMAGE_MARKER, images)
-    else:
-        prompt = (*(ImageRef(path) for path in images), text)
+    prompt = parse_prompt(fields)
     answer = fields.take("original_final_answer")
     return Record(
         id=fields.record_id,
@@ -36,6 +31,18 @@ def parse_line(line: Line) -> Record:
         map_desc=fields.take_map(),
         origin=line.origin,
     )
+
+
+def parse_prompt(fields: Fields) -> tuple[str | ImageRef, ...]:
+    """The user turn of one object, whose other fields may be missing: `text_input` and `image_input`.
+
+    Raises RecordError missing_field, wrong_type, missing_image, marker_count.
+    """
+    text = fields.take_text("text_input")
+    images = fields.take_paths("image_input")
+    if IMAGE_MARKER in text:
+        return fill_markers(fields, "text_input", text, IMAGE_MARKER, images)
+    return (*(ImageRef(path) for path in images), text)
 
 
 def _steps(fields: Fields) -> tuple[str | ImageRef, ...]:
