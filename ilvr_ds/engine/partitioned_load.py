@@ -1,9 +1,9 @@
 """Weights from a model folder straight into ZeRO-3 partitions: no rank ever holds more than its pieces.
 
 The objective is built with parameters on the meta device (`Backbone.load(..., read_weights=False)`). Here each of
-them becomes a ZeRO-3 parameter, one at a time: an uninitialised tensor of the full shape is made, the rank's range
-[rank * n, (rank + 1) * n), n = ceil(numel / world), is read into it from the safetensors file, and DeepSpeed keeps
-that range and frees the rest. Nothing is sent between ranks, and each byte of the files is read by one rank.
+them becomes a ZeRO-3 parameter, one at a time: DeepSpeed partitions an uninitialised tensor of the full shape, which
+is freed at once, and the rank's range [rank * n, (rank + 1) * n), n = ceil(numel / world), is read from the safetensors
+file into the piece. Nothing is sent between ranks, and each byte of the files is read by one rank.
 
 On a CPU, memory that is never written is never resident, so the peak is the pieces. On a GPU it is the pieces and one
 full parameter (the 7B model's embedding: 1.1 GB).
@@ -73,11 +73,11 @@ def load_partitioned(module: nn.Module, pairs: list[tuple[str, str]], ds_config:
             requires_grad=parameter.requires_grad,
         )
         converter._convert_to_deepspeed_param(whole)
+        whole.partition()  # makes this rank's piece, of whatever was in memory, and frees the rest
         if name in sources:
             folder, inside = sources[name]
-            _fill_range(whole, folder, inside)
-        whole.partition()
-        if name not in sources:
+            _read_piece(whole, folder, inside)
+        else:
             whole.ds_tensor.copy_(partitioned[student_of[name]].ds_tensor)
         made[id(parameter)], partitioned[name] = whole, whole
     _replace(module, made)
@@ -103,11 +103,11 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def _fill_range(whole: nn.Parameter, folder: ModelFolder, name: str) -> None:
-    """Read this rank's range of the flattened parameter; the rest of `whole` stays uninitialised."""
-    length = -(-whole.ds_numel // whole.ds_zero_partition_world_size)
-    start = min(length * whole.ds_zero_partition_rank, whole.ds_numel)
-    folder.read(name, start, whole.data.view(-1)[start : min(start + length, whole.ds_numel)])
+def _read_piece(parameter: nn.Parameter, folder: ModelFolder, name: str) -> None:
+    """Read this rank's range of the flattened parameter into its piece; padding behind the end stays as it is."""
+    length = parameter.ds_tensor.numel()
+    start = min(length * parameter.ds_zero_partition_rank, parameter.ds_numel)
+    folder.read(name, start, parameter.ds_tensor[: min(length, parameter.ds_numel - start)])
 
 
 def _replace(module: nn.Module, made: dict[int, nn.Parameter]) -> None:
