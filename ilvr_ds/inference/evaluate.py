@@ -16,25 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ilvr_ds.contracts import ImageRef
 from ilvr_ds.errors import EvaluationError, RecordError
 from ilvr_ds.inference.progress import Answered, Progress
+from ilvr_ds.inference.requests import Request
 from ilvr_ds.inference.results import judge_all, write_results
 from ilvr_ds.inference.tasks import TaskName, task_named
 from ilvr_ds.inference.tasks.task import Example, Rules
 
 RESULTS = "results.json"
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the model is asked."""
-
-    index: int  # place in the task file
-    id: str
-    parts: tuple[str | ImageRef, ...]  # the user turn in reading order; image paths are relative to `image_root`
-    image_root: Path
-    origin: str  # "FILE:LINE", for error messages
 
 
 @dataclass(frozen=True)
@@ -46,20 +35,19 @@ class Output:
     details: dict[str, Any] = field(default_factory=dict)  # JSON values; numbers are summed in the summary
 
 
-Generate = Callable[[Sequence[Question]], Sequence[Output]]
+Generate = Callable[[Sequence[Request]], Sequence[Output]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What to evaluate. `generation`: JSON values the outputs depend on (checkpoint, temperature, ...)."""
+    """What to evaluate and how to judge it."""
 
     task: TaskName
     file: Path
     out: Path  # folder of the progress files and results.json
-    image_root: Path
-    generation: dict[str, Any]
+    image_root: Path  # folder that relative image paths start from
     rules: Rules = field(default_factory=Rules)
-    batch_size: int = 16
+    save_every: int = 64  # examples answered between two saves: what a kill can cost
     limit: int | None = None  # only the first examples of the file
     allow_missing_images: bool = False  # count them as wrong instead of refusing the file
     patience_s: float = 3600.0  # how long rank 0 waits for another rank without seeing a new output
@@ -77,40 +65,55 @@ def rank_and_world() -> tuple[int, int]:
     return rank, world
 
 
-def evaluate(
-    job: Evaluation, generate: Generate, *, rank: int = 0, world: int = 1, report: Callable[[str], None] = print
-) -> dict[str, Any] | None:
-    """Run `job` on this rank. Returns the summary (see `results.summarise`) on rank 0, None elsewhere.
+def check_task(job: Evaluation) -> tuple[list[Example], dict[int, str]]:
+    """The examples of a job, and those (index -> path) whose image is not there.
 
-    `generate` gets at most `batch_size` questions and returns an output for each, in order.
-    Raises RecordError (the task file is wrong or an image is missing) and EvaluationError (other settings in the
-    folder, a rank that stopped, `generate` returning another number of outputs).
+    Raises RecordError: the file is wrong, or an image is missing and `allow_missing_images` is off.
     """
-    task = task_named(job.task)
-    examples = task.read(job.file, job.image_root)[: job.limit]
+    examples = task_named(job.task).read(job.file, job.image_root)[: job.limit]
     missing = find_missing_images(examples, job.image_root)
     if missing and not job.allow_missing_images:
         raise _missing_error(examples, missing)
+    return examples, missing
+
+
+def evaluate(
+    job: Evaluation,
+    generation: dict[str, Any],
+    generate: Generate,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
+    """Run `job` on this rank. Returns the summary (see `results.summarise`) on rank 0, None elsewhere.
+
+    `generate` gets at most `save_every` requests and returns an output for each, in order. `generation`: JSON values
+    its outputs depend on (checkpoint, temperature, ...), the same on every rank and every start.
+    Raises RecordError (see `check_task`) and EvaluationError (other settings in the folder, a rank that stopped,
+    `generate` returning another number of outputs).
+    """
+    examples, missing = check_task(job)
     settings = {
         "task": job.task,
         "file_sha256": hashlib.sha256(job.file.read_bytes()).hexdigest(),
-        "generation": job.generation,
+        "generation": generation,
     }
     progress = Progress(job.out, settings, rank, world)
     try:
         done = progress.read()
         todo = [i for i in range(rank, len(examples), world) if i not in done and i not in missing]
-        for first in range(0, len(todo), job.batch_size):
-            batch = todo[first : first + job.batch_size]
-            progress.add(_answer([_question(i, examples[i], job.image_root) for i in batch], generate))
-            report(f"rank {rank}: {min(first + job.batch_size, len(todo))} of {len(todo)} answered")
+        for first in range(0, len(todo), job.save_every):
+            batch = todo[first : first + job.save_every]
+            progress.add(_answer(batch, [_request(examples[i], job.image_root) for i in batch], generate))
+            report(f"rank {rank}: {min(first + job.save_every, len(todo))} of {len(todo)} answered")
         if rank != 0:
             return None
         wanted = [i for i in range(len(examples)) if i not in missing]
         answered = _wait_for_all(progress, wanted, world, job.patience_s)
     finally:
         progress.close()
-    samples = judge_all(task, examples, answered, missing, job.rules)
+    samples = judge_all(task_named(job.task), examples, answered, missing, job.rules)
     return write_results(job.out / RESULTS, settings, job.rules, samples)
 
 
@@ -124,19 +127,19 @@ def find_missing_images(examples: Sequence[Example], image_root: Path) -> dict[i
     return missing
 
 
-def _question(index: int, example: Example, image_root: Path) -> Question:
-    return Question(index, example.id, example.prompt, image_root, example.origin)
+def _request(example: Example, image_root: Path) -> Request:
+    return Request(example.id, example.prompt, image_root, example.origin)
 
 
-def _answer(questions: Sequence[Question], generate: Generate) -> list[Answered]:
+def _answer(indices: Sequence[int], requests: Sequence[Request], generate: Generate) -> list[Answered]:
     started = time.perf_counter()
-    outputs = generate(questions)
-    seconds = (time.perf_counter() - started) / len(questions)
-    if len(outputs) != len(questions):
-        raise EvaluationError(f"generation returned {len(outputs)} outputs for {len(questions)} questions")
+    outputs = generate(requests)
+    seconds = (time.perf_counter() - started) / len(requests)
+    if len(outputs) != len(requests):
+        raise EvaluationError(f"generation returned {len(outputs)} outputs for {len(requests)} requests")
     return [
-        Answered(question.index, question.id, output.prompt_sha256, output.text, seconds, output.details)
-        for question, output in zip(questions, outputs, strict=True)
+        Answered(index, request.id, output.prompt_sha256, output.text, seconds, output.details)
+        for index, request, output in zip(indices, requests, outputs, strict=True)
     ]
 
 

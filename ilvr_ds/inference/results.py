@@ -32,7 +32,7 @@ def judge_all(
     samples = []
     for index, example in enumerate(examples):
         if index in missing:
-            verdict, entry = Verdict(False, MISSING_IMAGE, None, "none"), None
+            verdict, entry = Verdict(False, MISSING_IMAGE, None, "not asked"), None
         else:
             entry = answered[index]
             verdict = task.judge(example, entry.output, rules)
@@ -57,6 +57,7 @@ def judge_all(
 def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracy with its 95 % interval (Wilson), over all and per group; counts of outcomes and rules; seconds.
 
+    An output without an answer counts under "none (RULE)", RULE being the one that decided so.
     Numbers and true/false in `details` are added up over the samples.
     """
     groups = sorted({sample["group"] for sample in samples} - {""})
@@ -69,7 +70,7 @@ def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **_accuracy(samples),
         "groups": {group: _accuracy([s for s in samples if s["group"] == group]) for group in groups},
         "outcomes": dict(sorted(Counter(sample["outcome"] for sample in samples).items())),
-        "rules": dict(sorted(Counter(sample["rule"] for sample in samples).items())),
+        "rules": dict(sorted(Counter(_found_by(sample) for sample in samples).items())),
         "details": dict(sorted(totals.items())),
         "seconds": sum(sample["seconds"] or 0.0 for sample in samples),
     }
@@ -117,6 +118,10 @@ def _accuracy(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "accuracy": correct / total if total else None,
         "interval_95": list(wilson(correct, total)),
     }
+
+
+def _found_by(sample: Mapping[str, Any]) -> str:
+    return sample["rule"] if sample["extraction"] is not None else f"none ({sample['rule']})"
 
 
 def _counts(pairs: Iterable[tuple[str, Any]]) -> str:

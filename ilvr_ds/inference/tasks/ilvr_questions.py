@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ilvr_ds.data.formats.ilvr_jsonl import parse_prompt
 from ilvr_ds.data.formats.jsonl import Line, parse_object
 from ilvr_ds.inference.scoring.choices import parse_options
 from ilvr_ds.inference.tasks.questions import judge_question
-from ilvr_ds.inference.tasks.task import Example, Rules, Verdict, read_examples, take_answer, take_group, take_prompt
+from ilvr_ds.inference.tasks.task import Example, Rules, Verdict, read_examples, take_answer, take_group
 
 
 class IlvrQuestions:
@@ -30,7 +31,7 @@ class IlvrQuestions:
 
 def _parse(line: Line) -> Example:
     fields = parse_object(line)
-    prompt = take_prompt(fields)
+    prompt = parse_prompt(fields)
     return Example(
         id=fields.record_id,
         prompt=prompt,

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ilvr_ds.contracts import ImageRef
-from ilvr_ds.data.formats.ilvr_jsonl import IMAGE_MARKER
 from ilvr_ds.data.formats.jsonl import Fields, Line, read_lines
-from ilvr_ds.data.formats.markers import fill_markers
 from ilvr_ds.data.frozenlake import MapDesc
 from ilvr_ds.errors import RecordError
 from ilvr_ds.inference.scoring.vsp import GoalRule
@@ -81,17 +79,6 @@ def read_examples(path: Path, parse: Callable[[Line], Example]) -> list[Example]
     if not examples:
         raise RecordError("empty_file", "the task file has no record; nothing to evaluate", origin=str(path))
     return examples
-
-
-def take_prompt(fields: Fields) -> tuple[str | ImageRef, ...]:
-    """`text_input` with `image_input` at its `<image>` marks, or before it when there are none: as in training.
-
-    Raises RecordError: reasons of `jsonl`, marker_count.
-    """
-    text, images = fields.take_text("text_input"), fields.take_paths("image_input")
-    if IMAGE_MARKER in text:
-        return fill_markers(fields, "text_input", text, IMAGE_MARKER, images)
-    return (*(ImageRef(path) for path in images), text)
 
 
 def take_answer(fields: Fields, field: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ilvr_ds.data.formats.ilvr_jsonl import parse_prompt
 from ilvr_ds.data.formats.jsonl import Line, parse_object
 from ilvr_ds.data.frozenlake import parse_map
 from ilvr_ds.errors import PuzzleError
@@ -18,7 +19,7 @@ from ilvr_ds.inference.scoring.extract import extract
 from ilvr_ds.inference.scoring.paths import parse_path
 from ilvr_ds.inference.scoring.published import published_path
 from ilvr_ds.inference.scoring.vsp import score_plan
-from ilvr_ds.inference.tasks.task import Example, Rules, Verdict, read_examples, take_prompt
+from ilvr_ds.inference.tasks.task import Example, Rules, Verdict, read_examples
 
 
 class VspPlanning:
@@ -50,4 +51,4 @@ def _parse(line: Line) -> Example:
     number = fields.tree.get("map_id")
     named = fields.tree.get("id") is not None or number is None
     record_id = fields.record_id if named else f"{level.replace(' ', '')}/{number}"
-    return Example(id=record_id, prompt=take_prompt(fields), group=level, origin=line.origin, map_desc=map_desc)
+    return Example(id=record_id, prompt=parse_prompt(fields), group=level, origin=line.origin, map_desc=map_desc)

@@ -11,7 +11,9 @@ import time
 import pytest
 
 from ilvr_ds.errors import EvaluationError, RecordError
-from ilvr_ds.inference.evaluate import Evaluation, Output, Question, evaluate, rank_and_world
+from ilvr_ds.inference import evaluate as module
+from ilvr_ds.inference.evaluate import Evaluation, Output, rank_and_world
+from ilvr_ds.inference.requests import Request
 from ilvr_ds.inference.results import format_table
 from ilvr_ds.inference.scoring.intervals import wilson
 from ilvr_ds.inference.tasks.task import Rules
@@ -22,7 +24,7 @@ COUNT = 23
 
 @pytest.fixture
 def folder(tmp_path):
-    """A task of 23 maps whose only safe plan is along the first row and down: levels 2 and 3 in turn."""
+    """A task of 23 maps without holes, start and goal in opposite corners: levels 2 and 3 in turn."""
     lines = []
     for number in range(COUNT):
         side = SIDES[number % 2]
@@ -38,19 +40,28 @@ def folder(tmp_path):
 
 def job(folder, **changes):
     settings = {"task": "vsp", "file": folder / "task.jsonl", "out": folder / "out", "image_root": folder,
-                "generation": {"checkpoint": "a"}, "batch_size": 4, "patience_s": 20.0}  # fmt: skip
+                "save_every": 4, "patience_s": 20.0}  # fmt: skip
     return Evaluation(**settings | changes)
 
 
-def answer(question: Question) -> Output:
+def index_of(request: Request) -> int:
+    return int(request.id.removeprefix("m"))
+
+
+def answer(request: Request) -> Output:
     """Right for every example but each fifth."""
-    side = SIDES[question.index % 2]
-    plan = "R" * (side - 1) + "D" * (side - 1 - (question.index % 5 == 0))
-    return Output(f"\\boxed{{{plan}}}", f"hash {question.id}", {"spans": 1, "unterminated": False, "note": "x"})
+    index = index_of(request)
+    side = SIDES[index % 2]
+    plan = "R" * (side - 1) + "D" * (side - 1 - (index % 5 == 0))
+    return Output(f"\\boxed{{{plan}}}", f"hash {request.id}", {"spans": 1, "unterminated": False, "note": "x"})
 
 
-def generate(questions):
-    return [answer(question) for question in questions]
+def evaluate(job, generate, checkpoint="a", **ranks):
+    return module.evaluate(job, {"checkpoint": checkpoint}, generate, report=lambda line: None, **ranks)
+
+
+def generate(requests):
+    return [answer(request) for request in requests]
 
 
 def results(folder):
@@ -60,11 +71,11 @@ def results(folder):
 def test_what_results_hold(folder):
     sizes = []
 
-    def counting(questions):
-        sizes.append(len(questions))
-        return generate(questions)
+    def counting(requests):
+        sizes.append(len(requests))
+        return generate(requests)
 
-    summary = evaluate(job(folder), counting, report=lambda line: None)
+    summary = evaluate(job(folder), counting)
     assert sizes == [4, 4, 4, 4, 4, 3]
     tree = results(folder)
     assert tree["summary"] == summary
@@ -75,6 +86,7 @@ def test_what_results_hold(folder):
     assert summary["outcomes"] == {"not_reached": COUNT - correct, "success": correct}
     assert summary["groups"]["level 2"]["total"] + summary["groups"]["level 3"]["total"] == COUNT
     assert summary["groups"]["level 2"]["correct"] == sum(i % 5 != 0 for i in range(0, COUNT, 2))
+    assert summary["rules"] == {"boxed": COUNT}
     assert summary["details"] == {"spans": COUNT, "unterminated": 0}
     sample = tree["samples"][3]
     assert (sample["id"], sample["group"], sample["extraction"], sample["correct"]) == ("m3", "level 3", "RRDD", True)
@@ -88,12 +100,12 @@ def test_ranks_share_the_work_and_rank_0_merges(folder):
     asked = {0: [], 1: [], 2: []}
 
     def run(rank):
-        def noting(questions):
-            asked[rank] += [question.index for question in questions]
+        def noting(requests):
+            asked[rank] += [index_of(request) for request in requests]
             time.sleep(0.02 * rank)
-            return generate(questions)
+            return generate(requests)
 
-        returned[rank] = evaluate(job(folder), noting, rank=rank, world=3, report=lambda line: None)
+        returned[rank] = evaluate(job(folder), noting, rank=rank, world=3)
 
     returned = {}
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
@@ -104,7 +116,7 @@ def test_ranks_share_the_work_and_rank_0_merges(folder):
     assert asked == {rank: list(range(rank, COUNT, 3)) for rank in range(3)}
     assert returned[1] is None and returned[2] is None
     shared = results(folder)
-    evaluate(job(folder, out=folder / "alone"), generate, report=lambda line: None)
+    evaluate(job(folder, out=folder / "alone"), generate)
     alone = json.loads((folder / "alone/results.json").read_text())
     for tree in (shared, alone):
         tree["summary"].pop("seconds")
@@ -115,15 +127,15 @@ def test_ranks_share_the_work_and_rank_0_merges(folder):
 
 def test_a_rank_that_never_came_is_named_and_another_world_can_finish(folder):
     with pytest.raises(EvaluationError, match=r"11 examples are not answered.*rank\(s\) 1 of 2"):
-        evaluate(job(folder, patience_s=0.2), generate, rank=0, world=2, report=lambda line: None)
+        evaluate(job(folder, patience_s=0.2), generate, rank=0, world=2)
     assert not (folder / "out/results.json").exists()
     asked = []
 
-    def noting(questions):
-        asked.extend(question.index for question in questions)
-        return generate(questions)
+    def noting(requests):
+        asked.extend(index_of(request) for request in requests)
+        return generate(requests)
 
-    summary = evaluate(job(folder), noting, report=lambda line: None)
+    summary = evaluate(job(folder), noting)
     assert (asked, summary["total"]) == (list(range(1, COUNT, 2)), COUNT)
 
 
@@ -131,12 +143,12 @@ KILLED = """
 import sys, time, pathlib
 from ilvr_ds.inference.evaluate import Evaluation, Output, evaluate
 folder = pathlib.Path(sys.argv[1])
-def generate(questions):
+def generate(requests):
     with (folder / "asked").open("a") as file:
-        file.write("".join(f"{p.index}\\n" for p in questions))
+        file.write("".join(f"{p.id[1:]}\\n" for p in requests))
     time.sleep(float(sys.argv[2]))
-    return [Output("\\\\boxed{RD}", "h") for p in questions]
-evaluate(Evaluation("vsp", folder / "task.jsonl", folder / "out", folder, {"checkpoint": "a"}, batch_size=3), generate)
+    return [Output("\\\\boxed{RD}", "h") for p in requests]
+evaluate(Evaluation("vsp", folder / "task.jsonl", folder / "out", folder, save_every=3), {}, generate)
 """
 
 
@@ -164,17 +176,17 @@ def test_killed_and_started_again(folder):
 
 @pytest.mark.parametrize("cut", [1, 30])
 def test_a_torn_last_line_is_answered_again(folder, cut):
-    evaluate(job(folder), generate, report=lambda line: None)
+    evaluate(job(folder), generate)
     progress = folder / "out/progress-0-of-1.jsonl"
     progress.write_bytes(progress.read_bytes()[:-cut])
     asked = []
 
-    def noting(questions):
-        asked.extend(question.index for question in questions)
-        return generate(questions)
+    def noting(requests):
+        asked.extend(index_of(request) for request in requests)
+        return generate(requests)
 
     before = results(folder)["samples"]
-    evaluate(job(folder), noting, report=lambda line: None)
+    evaluate(job(folder), noting)
     assert asked == [COUNT - 1]
     assert [s["output"] for s in results(folder)["samples"]] == [s["output"] for s in before]
     assert all(json.loads(line) for line in progress.read_text().splitlines())
@@ -183,38 +195,38 @@ def test_a_torn_last_line_is_answered_again(folder, cut):
 def test_a_header_torn_by_a_kill(folder):
     (folder / "out").mkdir()
     (folder / "out/progress-0-of-1.jsonl").write_bytes(b'{"settings": {"ta')
-    assert evaluate(job(folder), generate, report=lambda line: None)["total"] == COUNT
+    assert evaluate(job(folder), generate)["total"] == COUNT
 
 
 def test_a_damaged_line_is_refused(folder):
-    evaluate(job(folder), generate, report=lambda line: None)
+    evaluate(job(folder), generate)
     progress = folder / "out/progress-0-of-1.jsonl"
     lines = progress.read_bytes().splitlines(keepends=True)
     progress.write_bytes(b"".join([*lines[:3], b"{}\n", *lines[4:]]))
     with pytest.raises(EvaluationError, match=r"progress-0-of-1\.jsonl:4: damaged line"):
-        evaluate(job(folder), generate, report=lambda line: None)
+        evaluate(job(folder), generate)
 
 
 def test_other_settings_are_refused_by_name(folder):
-    evaluate(job(folder), generate, report=lambda line: None)
+    evaluate(job(folder), generate)
     with pytest.raises(EvaluationError, match=r"generation: \{'checkpoint': 'a'\} there, \{'checkpoint': 'b'\} asked"):
-        evaluate(job(folder, generation={"checkpoint": "b"}), generate, report=lambda line: None)
+        evaluate(job(folder), generate, checkpoint="b")
     with (folder / "task.jsonl").open("a") as file:
         file.write("\n")
     with pytest.raises(EvaluationError, match="file_sha256"):
-        evaluate(job(folder), generate, report=lambda line: None)
+        evaluate(job(folder), generate)
 
 
 def test_other_rules_need_no_generation(folder):
-    def prose(questions):
-        return [Output("\\boxed{go R and D}", "h") for _ in questions]
+    def prose(requests):
+        return [Output("\\boxed{go R and D}", "h") for _ in requests]
 
-    def never(questions):
+    def never(requests):
         raise AssertionError("everything was answered before")
 
-    strict = evaluate(job(folder), prose, report=lambda line: None)
-    assert strict["outcomes"] == {"no_plan": COUNT}
-    lax = evaluate(job(folder, rules=Rules(published=True)), never, report=lambda line: None)
+    strict = evaluate(job(folder), prose)
+    assert (strict["outcomes"], strict["rules"]) == ({"no_plan": COUNT}, {"none (boxed)": COUNT})
+    lax = evaluate(job(folder, rules=Rules(published=True)), never)
     twos = sum(index % 2 == 0 for index in range(COUNT))  # R, the D of "and", D: over the edge of a 2x2 map
     assert lax["outcomes"] == {"not_reached": COUNT - twos, "success": twos}
     assert results(folder)["rules"] == {"published": True, "goal": "mirage"}
@@ -224,33 +236,33 @@ def test_missing_images_are_refused_or_counted(folder):
     (folder / "3.png").unlink()
     (folder / "8.png").unlink()
     with pytest.raises(RecordError, match=r"task\.jsonl:4.*'m3'.*3\.png is not there \(2 of 23") as caught:
-        evaluate(job(folder), generate, report=lambda line: None)
+        evaluate(job(folder), generate)
     assert caught.value.reason == "missing_image"
     assert not (folder / "out").exists()
-    summary = evaluate(job(folder, allow_missing_images=True), generate, report=lambda line: None)
+    summary = evaluate(job(folder, allow_missing_images=True), generate)
     assert summary["outcomes"]["missing_image"] == 2
     assert (summary["total"], summary["correct"]) == (COUNT, sum(i % 5 != 0 for i in range(COUNT)) - 2)
     sample = results(folder)["samples"][3]
     assert (sample["outcome"], sample["output"], sample["correct"]) == ("missing_image", None, False)
     (folder / "3.png").write_bytes(b"found")
-    again = evaluate(job(folder, allow_missing_images=True), generate, report=lambda line: None)
+    again = evaluate(job(folder, allow_missing_images=True), generate)
     assert again["outcomes"]["missing_image"] == 1  # what has come is answered now
 
 
 def test_an_empty_task_file(folder):
     (folder / "task.jsonl").write_text("")
     with pytest.raises(RecordError, match="nothing to evaluate"):
-        evaluate(job(folder), generate, report=lambda line: None)
+        evaluate(job(folder), generate)
 
 
 def test_limit(folder):
-    assert evaluate(job(folder, limit=5), generate, report=lambda line: None)["total"] == 5
-    assert evaluate(job(folder), generate, report=lambda line: None)["total"] == COUNT
+    assert evaluate(job(folder, limit=5), generate)["total"] == 5
+    assert evaluate(job(folder), generate)["total"] == COUNT
 
 
 def test_too_few_outputs_are_an_error(folder):
-    with pytest.raises(EvaluationError, match="3 outputs for 4 questions"):
-        evaluate(job(folder), lambda questions: generate(questions)[1:], report=lambda line: None)
+    with pytest.raises(EvaluationError, match="3 outputs for 4 requests"):
+        evaluate(job(folder), lambda requests: generate(requests)[1:])
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])

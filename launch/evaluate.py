@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Answer a task's questions with a trained model and score the answers: results.json and a table.
+
+  one process  python launch/evaluate.py --task vsp --file test.jsonl --checkpoint MODEL_DIR --out results/a
+  8 GPUs       torchrun --nproc-per-node 8 launch/evaluate.py --task ... (RANK and WORLD_SIZE are read, no more)
+
+MODEL_DIR is a model folder; launch/export.py makes one of a training checkpoint. Tasks: vsp (plans on frozen lakes,
+accuracy per level), ilvr, comt, zebra (multiple choice or short answer). The same command again goes on where it was
+stopped, on any number of processes, and only judges again if all is answered. How answers are read and judged:
+docs/scoring.md. Exit codes: 0 done, 1 something to mend (the message says what).
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, choices=["vsp", "ilvr", "comt", "zebra"])
+    parser.add_argument("--file", required=True, type=Path, metavar="FILE.jsonl", help="the task's questions")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="model folder with latent tokens")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="progress of each process, results.json")
+    parser.add_argument(
+        "--image-root", type=Path, metavar="DIR", help="where image paths start (default: FILE's folder)"
+    )
+    parser.add_argument("--published-rules", action="store_true", help="the published scripts' laxer scoring")
+    parser.add_argument(
+        "--goal-rule", choices=["mirage", "original"], default="mirage",
+        help="vsp: a plan must end on the goal (mirage, default), or the play stops there (original)",
+    )  # fmt: skip
+    parser.add_argument("--allow-missing-images", action="store_true", help="count such examples as wrong")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences at once (default: 16)")
+    parser.add_argument("--save-every", type=int, metavar="N", help="examples between saves (default: 4 batches)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="latents counted (default: 512)")
+    parser.add_argument("--max-spans", type=int, help="spans a sequence may open (default: no limit)")
+    parser.add_argument("--early-end", action="store_true", help="the model may leave a span before its K latents")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of all draws, with each example's id (default: 0)")
+    parser.add_argument("--latent-size", type=int, metavar="K", help="default: what the model's config.json says")
+    parser.add_argument("--min-pixels", type=int, help="of an image; default: preprocessor_config.json")
+    parser.add_argument("--max-pixels", type=int, help="of an image; as in the shards the model was trained on")
+    parser.add_argument("--device", help="default: cuda (of this process) if there is one, else cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--attention", default="auto", choices=["auto", "flash_attn", "torch_varlen", "sdpa"])
+    args = parser.parse_args(arguments)
+    for name in ("batch_size", "save_every", "limit"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+    import torch  # after the arguments are known to be right
+
+    from ilvr_ds.errors import IlvrError
+    from ilvr_ds.inference.answer import answer_with, fingerprint
+    from ilvr_ds.inference.evaluate import RESULTS, Evaluation, check_task, evaluate, rank_and_world
+    from ilvr_ds.inference.load import load_model
+    from ilvr_ds.inference.results import format_table
+    from ilvr_ds.inference.sampling import Sampling
+    from ilvr_ds.inference.sequence import DecodeSettings
+    from ilvr_ds.inference.tasks.task import Rules
+
+    try:
+        rank, world = rank_and_world()
+        on_cuda = torch.cuda.is_available()
+        device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_cuda else "cpu")
+        dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        sampling = Sampling(args.temperature, args.top_p)
+        job = Evaluation(
+            task=args.task,
+            file=args.file,
+            out=args.out,
+            image_root=args.image_root or args.file.parent,
+            rules=Rules(args.published_rules, args.goal_rule),
+            save_every=args.save_every or 4 * args.batch_size,
+            limit=args.limit,
+            allow_missing_images=args.allow_missing_images,
+        )
+        check_task(job)  # before a large model is read
+        model = load_model(
+            args.checkpoint, dtype=getattr(torch, dtype), attention=args.attention, device=device,
+            latent_size=args.latent_size, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+        )  # fmt: skip
+        settings = DecodeSettings(
+            model.latent_size, args.max_new_tokens, args.max_spans, args.early_end, sampling=sampling
+        )
+        generation = {
+            "checkpoint_sha256": fingerprint(args.checkpoint), "dtype": dtype, "seed": args.seed,
+            "images": asdict(model.images), **asdict(settings),
+        }  # fmt: skip
+        generate = answer_with(model, settings, args.batch_size, args.seed)
+        summary = evaluate(job, generation, generate, rank=rank, world=world)
+        if summary is not None:
+            print(format_table(summary))
+            print(f"written: {args.out / RESULTS}")
+        return 0
+    except IlvrError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
