@@ -108,13 +108,14 @@ class AlignmentObjective(nn.Module):
             noise=None if noise is None else noise.to(device, non_blocking=True),
             align_weights=batch.align_weights,
         )
+        real = int(not batch.is_filler)  # a filler's span is nobody's: it must not count in the means of a step
         return LossTerms(
             loss=self.loss.ce_weight * ce + self.loss.sim_weight * align,
             ce=ce.detach(),
             align=align.detach(),
             ce_per_token=ce_per_token,
             align_per_sample=align_per_sample.detach(),
-            latents=targets.counts.sum(),
-            spans=torch.tensor(len(plan.span_sample), device=device),
-            coverage_bound=targets.coverage_bound.sum(),
+            latents=targets.counts.sum() * real,
+            spans=torch.tensor(len(plan.span_sample) * real, device=device),
+            coverage_bound=targets.coverage_bound.sum() * real,
         )

@@ -60,7 +60,7 @@ class RelaxedObjective(nn.Module):
             )
         device = self.student.device
         plan = plan_chain(batch, self.agree(rounds_needed(batch))).to(device)
-        spans = len(batch.span_starts)
+        spans = 0 if batch.is_filler else len(batch.span_starts)  # a filler's span is nobody's
         batch = to_device(_without_helpers(batch), device)
 
         features = self.student.encode_images(batch.patches, batch.grids)  # (N, D)

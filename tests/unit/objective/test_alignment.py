@@ -151,6 +151,7 @@ def test_every_batch_calls_the_same_modules_and_moves_the_same_parameters(small,
 
 def test_a_filler_adds_exactly_nothing(small):
     terms, grads = run(small.objective(0, noise_std=0.1), filler_batch(small.vocabulary, small.latents))
+    assert (terms.spans, terms.latents, terms.coverage_bound) == (0, 0, 0)  # its span is nobody's
     assert terms.loss.item() == 0
     assert not any(grad.any() for grad in grads.values())
 

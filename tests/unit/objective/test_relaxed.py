@@ -74,6 +74,7 @@ def test_all_trainable_parameters_have_a_gradient_whatever_the_batch(small, samp
 
 def test_a_filler_adds_exactly_nothing(small):
     terms, grads = run(relaxed(small, agree=lambda number: 3), filler_batch(small.vocabulary, small.latents))
+    assert (terms.spans, terms.latents, terms.coverage_bound) == (0, 0, 0)  # its span is nobody's
     assert terms.loss.item() == 0
     assert not any(grad.any() for grad in grads.values())
 
