@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ilvr_ds.data.tokens import LATENT_TOKENS, ChatTokenizer
@@ -145,6 +146,8 @@ def test_tokenizer_of_a_prepared_folder(base, prepared):
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in LATENT_TOKENS} == LATENT_IDS
     assert tokenizer("a<|latent_start|><|latent_pad|><|latent_end|>").input_ids[1:] == [151666, 151665, 151667]
     assert tokenizer.decode([151665, 64], skip_special_tokens=True) == tokenizer.decode([64])
+    plain = Tokenizer.from_file(str(prepared / "tokenizer.json"))  # without what tokenizer_config.json says
+    assert plain.decode([151665, 64], skip_special_tokens=True) == plain.decode([64])
     ours = ChatTokenizer.from_folder(prepared).vocabulary
     assert ours == ChatTokenizer.from_folder(base).vocabulary  # the fingerprint too: shards built with either fit
     assert read_latent_settings(prepared).token_ids == LATENT_IDS
