@@ -111,10 +111,8 @@ class StepKeys:
     def __init__(self, cache: DecodeCache, at: Tensor, longest: int, ragged: bool):
         self._cache, self._at, self._longest = cache, at, longest
         self._rows = torch.arange(len(at), device=at.device)
-        self._mask: Tensor | None = None  # (n, 1, 1, longest) True where a row has a token
-        if ragged:
-            places = torch.arange(longest, device=at.device)
-            self._mask = (places <= at[:, None])[:, None, None]
+        self._ragged = ragged
+        self._mask: Tensor | None = None  # (n, 1, 1, longest): 0 where a row has a token, else -inf
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """softmax(q k^T scale) v of one new token per row over all of its row, itself included.
@@ -132,6 +130,10 @@ class StepKeys:
         count, heads, width = query.shape
         keys, values = self._cache.append(layer, self._rows, self._at, self._longest, key, value)
         grouped = query.view(count, keys.shape[1], heads // keys.shape[1], width)  # (n, H_kv, group, d)
+        if self._ragged and self._mask is None:  # once for all layers
+            absent = torch.arange(self._longest, device=query.device) > self._at[:, None]
+            mask = torch.zeros(absent.shape, dtype=query.dtype, device=query.device)
+            self._mask = mask.masked_fill_(absent, -torch.inf)[:, None, None]
         mask = None if self._mask is None else self._mask.expand(-1, -1, grouped.shape[2], -1)
         out = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=scale)
         return out.reshape(count, heads, width)
