@@ -14,13 +14,13 @@ say() { printf '\n[%3ds] %s\n' "$(($(date +%s) - INSTALLED))" "$*"; }
 INSTALLED=$(date +%s)
 echo "quickstart: set-up took $((INSTALLED - START)) s; everything goes to $DIR"
 
-say "1/6 a tiny Qwen2.5-VL model and its tokenizer -> $DIR/model"
+say "1/7 a tiny Qwen2.5-VL model and its tokenizer -> $DIR/model"
 python launch/make_tiny_model.py --out "$DIR/model" --seed 0
 
-say "2/6 FrozenLake puzzles with a helper image every few moves -> $DIR/puzzles"
+say "2/7 FrozenLake puzzles with a helper image every few moves -> $DIR/puzzles"
 python data_tools/make_frozenlake.py --out "$DIR/puzzles" --count 480 --sizes 3 4 --seed 0
 
-say "3/6 webdataset shards, images resized once and for all (to 112x112 here) -> $DIR/shards"
+say "3/7 webdataset shards, images resized once and for all (to 112x112 here) -> $DIR/shards"
 python data_tools/build_shards.py --input "$DIR/puzzles/records.jsonl" --format ilvr --tokenizer "$DIR/model" \
     --out "$DIR/shards" --samples-per-shard 160 --input-max-pixels 12544 --helper-max-pixels 12544
 python data_tools/check_shards.py "$DIR/shards" --tokenizer "$DIR/model"
@@ -30,14 +30,22 @@ train() {
         data.shards="$DIR/shards" model.path="$DIR/model" "$@"
 }
 rm -rf "$DIR/full" "$DIR/resumed"
-say "4/6 train: two ranks, ZeRO-3, fp32 EMA teacher -> $DIR/full"
+say "4/7 train: two ranks, ZeRO-3, fp32 EMA teacher -> $DIR/full"
 train run.dir="$DIR/full"
 
-say "5/6 the same run, stopped after 30 steps ... -> $DIR/resumed"
+say "5/7 the same run, stopped after 30 steps ... -> $DIR/resumed"
 train run.dir="$DIR/resumed" run.stop_after=30
 say "    ... and resumed from its checkpoint"
 train run.dir="$DIR/resumed"
 
-say "6/6 did the loss fall, did the teacher move, is the resumed run the uninterrupted one?"
+say "6/7 did the loss fall, did the teacher move, is the resumed run the uninterrupted one?"
 python launch/compare_runs.py "$DIR/full" "$DIR/resumed" --plot "$DIR/curves.png"
+say "7/7 the trained model as a folder stock transformers loads, and three new puzzles decoded -> $DIR/student"
+rm -rf "$DIR/student"
+python launch/export.py --run "$DIR/full" --out "$DIR/student"
+python data_tools/make_frozenlake.py --out "$DIR/new_puzzles" --count 3 --sizes 3 4 --seed 1 \
+    --exclude "$DIR/puzzles/records.jsonl"
+python launch/generate.py --model "$DIR/student" --input "$DIR/new_puzzles/records.jsonl" --max-pixels 12544 \
+    --max-new-tokens 160
+echo "(75 steps teach the format, latent spans included, not yet the planning)"
 say "done. Next: README.md, 'Train on your own data'"
