@@ -13,7 +13,6 @@ from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import ConfigError
 from ilvr_ds.inference.decode import Decoder
 from ilvr_ds.model.backbone import Backbone, read_config
-from ilvr_ds.model.folder import ModelFolder
 from ilvr_ds.model.latent_settings import check_latent_tokens, read_latent_settings
 from ilvr_ds.model.varlen_attention import AttentionName
 
@@ -68,7 +67,6 @@ def load_model(
         except ConfigError as error:
             raise ConfigError(f"{error}; or say how many latents a span has (--latent-size)") from error
     images = image_settings_of(folder, min_pixels, max_pixels)
-    ModelFolder(folder)  # names what is missing or damaged before anything is read
     backbone = Backbone.load(
         folder, dtype=dtype, attention=attention, device=device, vocabulary=tokenizer.vocabulary
     ).to(device)

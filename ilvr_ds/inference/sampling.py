@@ -58,10 +58,8 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
 def _invert(p: Tensor, uniforms: Tensor) -> Tensor:
     """(n, V) masses, (n,) u -> (n,) the first index whose cumulated mass exceeds u times the row's sum."""
     mass = p.cumsum(1)
-    index = (mass <= uniforms[:, None] * mass[:, -1:]).sum(1)
-    # u just below 1 may round up to the whole mass: then the last token that has any
-    last = p.shape[1] - 1 - (p.flip(1) > 0).to(torch.int8).argmax(1)
-    return torch.minimum(index, last)
+    # float32 u is at most 1 - 2**-24, so that u * sum stays below the sum: there always is such an index
+    return (mass <= uniforms[:, None] * mass[:, -1:]).sum(1)
 
 
 class Uniforms:

@@ -132,8 +132,9 @@ def test_a_model_without_latent_tokens_is_refused(copied):
             tree["model"]["vocab"].pop(token, None)
 
     edit(copied, "tokenizer.json", remove)
-    with pytest.raises(ConfigError, match=r"tokenizer\.json: this model has no latent tokens"):
-        load_model(copied, latent_size=4)
+    for latent_size in (4, None):
+        with pytest.raises(ConfigError, match=r"tokenizer\.json: this model has no latent tokens"):
+            load_model(copied, latent_size=latent_size)
 
 
 def test_the_number_of_latents_must_be_known(copied):

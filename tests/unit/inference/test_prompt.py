@@ -17,7 +17,7 @@ from ilvr_ds.inference.prompt import build_prompt, parts_of_text, prompt_of_ids,
 from ilvr_ds.inference.requests import encode_requests, read_requests, typed_request
 from ilvr_ds.model.tiny import train_tokenizer
 
-IMAGES = ImageSettings(input_max_pixels=64 * 64, helper_max_pixels=64 * 64)
+IMAGES = ImageSettings(input_max_pixels=64 * 64, helper_max_pixels=200 * 200)  # other bounds for other roles
 PROMPTS = [  # text_input, sizes of its images
     ("<image>\nWhich way?", [(90, 40)]),
     ("From <image> to <image>, how far?", [(31, 57), (200, 120)]),

@@ -49,6 +49,15 @@ def test_a_forbidden_token_is_never_chosen(top_p, uniform):
     assert chosen in (1, 2)
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 10**6), st.floats(-30, 30, width=32))
+def test_the_largest_number_stays_within(seed, shift):
+    logits = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)) * 3 + shift
+    largest = torch.tensor([1 - 2**-24])
+    assert 0 <= int(choose(logits, Sampling(1.0), largest)) < 64
+    assert 0 <= int(choose(logits, Sampling(1.0, 0.5), largest)) < 64
+
+
 def test_greedy_reads_no_number():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     assert choose(logits, Sampling(), torch.tensor([float("nan")])).tolist() == [1]
