@@ -9,8 +9,8 @@ RECIPE = Path("launch/recipes/tiny_frozenlake.yaml")
 
 
 @pytest.fixture(scope="module")
-def model(realdata, tmp_path_factory) -> Path:
-    """A narrow random model with the published vocabulary of 152,064 rows and the published tokenizer."""
+def model(realdata, program, tmp_path_factory) -> Path:
+    """A narrow random model with the published vocabulary and tokenizer, made ready as a user would."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -27,7 +27,9 @@ def model(realdata, tmp_path_factory) -> Path:
     Qwen2_5_VLForConditionalGeneration(published).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json"):
         shutil.copy(realdata / "qwen2_5_vl_7b" / name, folder / name)
-    return folder
+    ready = tmp_path_factory.mktemp("ready") / "model"
+    program("launch/prepare_model.py", "--model", folder, "--out", ready)
+    return ready
 
 
 @pytest.mark.parametrize(

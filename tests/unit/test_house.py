@@ -1,6 +1,7 @@
 """The rules of the house: imports go one way, only the engine knows DeepSpeed, the README's map is the tree."""
 
 import ast
+import fnmatch
 import re
 import subprocess
 from pathlib import Path
@@ -144,6 +145,15 @@ def test_every_recipe_key_is_read_by_something(repository):
                 ):
                     unread.append(f"{section}.{f.name}")
     assert unread == []
+
+
+def test_every_test_folder_is_collected(repository, pytestconfig):
+    """pytest passes over folders by name without a word, `dist` among them by default."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {path.parent for path in (repository / "tests").rglob("test_*.py")}
+    parts = {part for folder in folders for part in folder.relative_to(repository).parts}
+    assert "dist" in parts
+    assert [part for part in sorted(parts) if any(fnmatch.fnmatch(part, pattern) for pattern in patterns)] == []
 
 
 def test_no_file_grows_past_a_page_of_reason(repository):
