@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--input", required=True, type=Path, help="ILVR records; at least as many as --prompts")
     parser.add_argument("--prompts", type=int, default=64, help="prompts of the largest batch")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="all sequences run to here (default: 64)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="all sequences run to here (default: 128)")
     parser.add_argument("--repeat", type=int, default=3, help="measured repetitions, after one warm-up")
     parser.add_argument("--singles", type=int, default=4, help="prompts of the ways that run one at a time")
     parser.add_argument("--span-share", type=float, default=1 / 32, help="0 leaves the head as it is")
