@@ -91,7 +91,7 @@ class PackedBatch:
     latent_size: int  # K
     span_starts: Tensor  # (S,) int64: position of each span's first `<|latent_pad|>`
     span_sample: Tensor  # (S,) int64 in [0, B), ascending
-    # what the teacher's queries average over (DESIGN: global and local query)
+    # what the teacher's queries average over (docs/method.md: global and local query)
     prompt_positions: Tensor  # (n,) int64: prompt tokens less image tokens and latent/vision markers
     local_positions: Tensor  # (m,) int64: assistant text before each span, special ids left out
     local_span: Tensor  # (m,) int64 in [0, S): which span each local position belongs to

@@ -30,7 +30,7 @@ _REBUILD = "rebuild the shards with data_tools/build_shards.py (data_tools/check
 def special_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
     """Ids the teacher's queries leave out: image tokens, vision markers, latent tokens and latent markers.
 
-    Chat markers stay: DESIGN's prompt includes them, and the first local query begins at `<|im_start|>`.
+    Chat markers stay: the prompt includes them (docs/method.md), and the first local query begins at `<|im_start|>`.
     """
     v = vocabulary
     return (v.image_pad, v.video_pad, v.vision_start, v.vision_end, v.latent_pad, v.latent_start, v.latent_end)

@@ -8,13 +8,13 @@ from torch import nn
 from ilvr_ds.config import LatentConfig, LossConfig, Recipe
 from ilvr_ds.contracts import LossTerms, PackedBatch
 from ilvr_ds.data.tokens import Vocabulary
-from ilvr_ds.errors import BatchError, ConfigError
+from ilvr_ds.errors import ConfigError
 from ilvr_ds.model.backbone import Backbone
 from ilvr_ds.model.host_plan import host_plan, to_device
 from ilvr_ds.model.student import forward_with_targets
 from ilvr_ds.model.teacher import Teacher
 from ilvr_ds.objective.losses import alignment_loss, target_noise
-from ilvr_ds.objective.student import load_student
+from ilvr_ds.objective.student import load_student, require_latent_size
 
 
 class AlignmentObjective(nn.Module):
@@ -75,11 +75,7 @@ class AlignmentObjective(nn.Module):
         Raises:
             BatchError: spans of another size than `latent.size`, or patches that do not fit the grids.
         """
-        if batch.latent_size != self.latent.size:
-            raise BatchError(
-                f"samples {batch.sample_ids}: packed with {batch.latent_size} latents per span, latent.size is "
-                f"{self.latent.size}"
-            )
+        require_latent_size(batch, self.latent.size)
         plan = host_plan(batch)
         device = self.student.device
         noise = target_noise(

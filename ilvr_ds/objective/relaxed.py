@@ -14,6 +14,7 @@ from ilvr_ds.errors import BatchError
 from ilvr_ds.model.backbone import Backbone
 from ilvr_ds.model.host_plan import to_device
 from ilvr_ds.model.latent_chain import forward_with_chain, plan_chain, rounds_needed
+from ilvr_ds.objective.student import require_latent_size
 
 
 def alone(number: int) -> int:
@@ -53,11 +54,7 @@ class RelaxedObjective(nn.Module):
         Raises:
             BatchError: spans of another size than `latent.size`, or patches that do not fit the grids.
         """
-        if batch.latent_size != self.latent.size:
-            raise BatchError(
-                f"samples {batch.sample_ids}: packed with {batch.latent_size} latents per span, latent.size is "
-                f"{self.latent.size}"
-            )
+        require_latent_size(batch, self.latent.size)
         device = self.student.device
         plan = plan_chain(batch, self.agree(rounds_needed(batch))).to(device)
         spans = 0 if batch.is_filler else len(batch.span_starts)  # a filler's span is nobody's
