@@ -16,6 +16,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from ilvr_ds.inference.options import add_decoding_options, require_positive
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,25 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--allow-missing-images", action="store_true", help="count such examples as wrong")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences at once (default: 16)")
     parser.add_argument("--save-every", type=int, metavar="N", help="examples between saves (default: 4 batches)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="latents counted (default: 512)")
-    parser.add_argument("--max-spans", type=int, help="spans a sequence may open (default: no limit)")
-    parser.add_argument("--early-end", action="store_true", help="the model may leave a span before its K latents")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws, with each example's id (default: 0)")
-    parser.add_argument("--latent-size", type=int, metavar="K", help="default: what the model's config.json says")
-    parser.add_argument("--min-pixels", type=int, help="of an image; default: preprocessor_config.json")
-    parser.add_argument("--max-pixels", type=int, help="of an image; as in the shards the model was trained on")
-    parser.add_argument("--device", help="default: cuda (of this process) if there is one, else cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
-    parser.add_argument("--attention", default="auto", choices=["auto", "flash_attn", "torch_varlen", "sdpa"])
+    add_decoding_options(parser)
     args = parser.parse_args(arguments)
-    for name in ("batch_size", "save_every", "limit"):
-        value = vars(args)[name]
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    require_positive(parser, args, "batch_size", "save_every", "limit")
 
     import torch  # after the arguments are known to be right
 
