@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ilvr_ds.data.assistant_view import ASSISTANT_VIEWS
 from ilvr_ds.data.build import BuildSettings, build
 from ilvr_ds.data.formats.jsonl import read_lines
 from ilvr_ds.data.images import MAX_PIXELS, MIN_PIXELS, ImageSettings
@@ -42,6 +43,7 @@ def _run(options: argparse.Namespace) -> int:
         latent_size=options.latent_size,
         samples_per_shard=options.samples_per_shard,
         max_tokens=options.max_tokens,
+        assistant=options.assistant,
         images=ImageSettings(
             input_min_pixels=options.input_min_pixels,
             input_max_pixels=options.input_max_pixels,
@@ -82,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--latent-size", type=int, default=8, metavar="K", help="latents per helper image (default: 8)")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="input records per shard (default: 1000)")
+    add(
+        "--assistant", choices=ASSISTANT_VIEWS, default="interleaved",
+        help="what of the assistant turn is kept: all, its text only, its final answer only (default: interleaved)",
+    )  # fmt: skip
     add("--max-tokens", type=int, metavar="N", help="refuse records with a longer sequence (default: no limit)")
     for role in ("input", "helper"):
         add(f"--{role}-min-pixels", type=int, default=MIN_PIXELS, metavar="N", help=f"smaller {role} images grow")

@@ -25,6 +25,7 @@ import PIL
 from webdataset import TarWriter
 
 from ilvr_ds.contracts import Record
+from ilvr_ds.data.assistant_view import AssistantView, assistant_view
 from ilvr_ds.data.encode import encode_record
 from ilvr_ds.data.formats import FormatName, line_parser
 from ilvr_ds.data.formats.jsonl import Line, read_lines
@@ -58,6 +59,7 @@ class BuildSettings:
     latent_size: int = 8
     samples_per_shard: int = 1000
     max_tokens: int | None = None
+    assistant: AssistantView = "interleaved"
     images: ImageSettings = field(default_factory=ImageSettings)
 
     def __post_init__(self) -> None:
@@ -152,6 +154,7 @@ def build_identity(settings: BuildSettings, plan: Survey, tokenizer: ChatTokeniz
         "latent size": settings.latent_size,
         "samples per shard": settings.samples_per_shard,
         "max tokens": settings.max_tokens,
+        "assistant": settings.assistant,
         "images": {
             **dataclasses.asdict(settings.images),
             "mean": list(settings.images.mean),
@@ -194,7 +197,7 @@ def write_shard(
                 source.seek(int(plan.offsets[position]))
                 line = Line(settings.source, int(plan.numbers[position]), source.tell(), source.readline())
                 try:
-                    record = _parse_owner(settings, plan, position, line)
+                    record = assistant_view(_parse_owner(settings, plan, position, line), settings.assistant)
                     sample = encode_record(
                         record,
                         image_root=settings.image_root,
@@ -268,6 +271,7 @@ def finish(settings: BuildSettings, plan: Survey, tokenizer: ChatTokenizer, resu
         source=settings.source.name,
         source_sha256=plan.sha256,
         source_format=settings.source_format,
+        assistant=settings.assistant,
     )
     write_text(settings.out / MANIFEST_NAME, manifest.to_json())
     return manifest

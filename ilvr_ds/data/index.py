@@ -20,7 +20,7 @@ import numpy as np
 from ilvr_ds.data.images import ImageSettings
 from ilvr_ds.errors import ShardError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_NAME = "index.npy"
 MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.jsonl"
@@ -65,6 +65,7 @@ class Manifest:
     source: str  # name of the input file
     source_sha256: str
     source_format: str
+    assistant: str  # `ilvr_ds.data.assistant_view`: what of the assistant turn is in the samples
 
     def to_json(self) -> str:
         """Readable JSON, the same bytes for the same manifest."""

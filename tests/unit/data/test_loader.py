@@ -96,6 +96,7 @@ def write_shards(folder: Path, tokenizer: ChatTokenizer, samples: int = SAMPLES,
         source="test",
         source_sha256="0" * 64,
         source_format="ilvr",
+        assistant="interleaved",
     )
     write_text(folder / "manifest.json", manifest.to_json())
     return ShardSet.open(folder)
