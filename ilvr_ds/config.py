@@ -66,9 +66,10 @@ class LatentConfig:
     """The latent spans; `size` must be what the shards were built with."""
 
     size: int = 8  # K
-    # where the latents' inputs come from: the teacher's targets (stage 1), or the student's own hidden states,
-    # one after the other, with gradient (stage 2)
-    source: Literal["teacher", "self"] = "teacher"
+    # where the latents' inputs come from: "teacher": the teacher's targets (stage 1); "self": the student's own hidden
+    # states, one after the other, with gradient (stage 2); controls: "pooled": the helper image pooled to K (Mirage's
+    # stage 1); "pause": nothing, the pad token's embedding (and the source for shards without spans)
+    source: Literal["teacher", "self", "pooled", "pause"] = "teacher"
     noise_std: float = 0.01  # sigma of the noise on alignment targets
 
 
@@ -270,20 +271,19 @@ def _check_ranges(r: Recipe) -> None:
 
 def _teacher_rules(r: Recipe) -> list[tuple[str, Any, bool, str]]:
     """What the teacher's section may hold, and that it is there exactly when latents come from it."""
-    t, own = r.teacher, r.latent.source == "self"
+    t, source = r.teacher, r.latent.source
     if t is None:
+        aligned = source == "pooled"
         return [
-            ("teacher", None, own, "a section, as latent.source='teacher'; for stage 2 set latent.source=self"),
-            (
-                "loss.sim_weight",
-                r.loss.sim_weight,
-                r.loss.sim_weight == 0,
-                "0 without a teacher: nothing to align with",
-            ),
-            ("loss.ce_weight", r.loss.ce_weight, r.loss.ce_weight > 0, "above 0 without a teacher"),
-        ]
+            ("teacher", None, source != "teacher",
+             "a section, as latent.source='teacher'; for stage 2 set latent.source=self"),
+            ("loss.sim_weight", r.loss.sim_weight, aligned or r.loss.sim_weight == 0,
+             f"0 with latent.source={source!r}: nothing to align with"),
+            ("loss.ce_weight", r.loss.ce_weight, aligned or r.loss.ce_weight > 0,
+             f"above 0 with latent.source={source!r}: it is the only loss"),
+        ]  # fmt: skip
     return [
-        ("teacher", "a section", not own, "null, as latent.source='self': the latents are the student's own"),
+        ("teacher", "a section", source == "teacher", f"null, as latent.source={source!r}: no teacher is asked"),
         ("teacher.decay", t.decay, 0 <= t.decay <= 1, "0 to 1"),
         ("teacher.coverage", t.coverage, 0 < t.coverage <= 1, "above 0, at most 1"),
         ("teacher.temperature", t.temperature, t.temperature > 0, "above 0"),

@@ -33,10 +33,13 @@ class BatchFlops:
 class FlopsModel:
     """FLOPs of a Qwen2.5-VL model, from its configuration alone."""
 
-    def __init__(self, config: Qwen2_5_VLConfig, train_vision: bool, has_teacher: bool = True):
+    def __init__(
+        self, config: Qwen2_5_VLConfig, train_vision: bool, has_teacher: bool = True, reads_helpers: bool = True
+    ):
         text, vision = config.text_config, config.vision_config
         self.train_vision = train_vision
         self.has_teacher = has_teacher
+        self.reads_helpers = reads_helpers  # helper images are encoded
         self.layers = text.num_hidden_layers
         head_dim = text.hidden_size // text.num_attention_heads
         kv_width = text.num_key_value_heads * head_dim
@@ -97,8 +100,7 @@ class FlopsModel:
             return BatchFlops(0.0, 0.0)
         lengths = [end - start for start, end in pairwise(batch.cu_seqlens.tolist())]
         language = self.language_forward(lengths)
-        # helper images are the teacher's: without one they are not encoded
-        vision = self.vision_forward(batch.grids if self.has_teacher else batch.grids[: batch.num_input_images])
+        vision = self.vision_forward(batch.grids if self.reads_helpers else batch.grids[: batch.num_input_images])
         student = 3 * (language + self.head_forward(len(batch.targets))) + (3 if self.train_vision else 1) * vision
         return BatchFlops(student, language if self.has_teacher else 0.0)
 

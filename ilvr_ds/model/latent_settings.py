@@ -22,6 +22,12 @@ class LatentSettings:
     token_ids: dict[str, int]  # of the three latent tokens
     training: dict[str, Any] = field(default_factory=dict)  # summary of the run; empty before training
 
+    @property
+    def pause(self) -> bool:
+        """The model was trained with empty pads (`latent.source: pause`): decoding feeds it the pad's embedding, not
+        its own hidden states."""
+        return self.training.get("latent", {}).get("source") == "pause"
+
     @classmethod
     def of(cls, latent_size: int, vocabulary: Vocabulary, training: dict[str, Any] | None = None) -> LatentSettings:
         """Settings with the latent ids of `vocabulary`."""

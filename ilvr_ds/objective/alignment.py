@@ -11,10 +11,10 @@ from ilvr_ds.data.tokens import Vocabulary
 from ilvr_ds.errors import ConfigError
 from ilvr_ds.model.backbone import Backbone
 from ilvr_ds.model.host_plan import host_plan, to_device
-from ilvr_ds.model.student import forward_with_targets
 from ilvr_ds.model.teacher import Teacher
-from ilvr_ds.objective.losses import alignment_loss, target_noise
-from ilvr_ds.objective.student import load_student, require_latent_size
+from ilvr_ds.objective.batch import require_latent_size
+from ilvr_ds.objective.forced import forced_terms, noise_for
+from ilvr_ds.objective.student import load_student
 
 
 class AlignmentObjective(nn.Module):
@@ -77,41 +77,20 @@ class AlignmentObjective(nn.Module):
         """
         require_latent_size(batch, self.latent.size)
         plan = host_plan(batch)
-        device = self.student.device
-        noise = target_noise(
-            batch.sample_numbers,
-            plan.span_sample,
-            self.latent.size,
-            self.student.head.in_features,
-            self.latent.noise_std,
-            noise_seed,
-        )  # (S, K, D)
-        batch = to_device(batch, device)
+        noise = noise_for(batch, plan, self.latent, self.student.head.in_features, noise_seed)  # (S, K, D)
+        batch = to_device(batch, self.student.device)
 
         features = self.student.encode_images(batch.patches, batch.grids)  # (N + M, D), inputs then helpers
         input_features = features[: batch.image_positions.shape[0]]
         helper_features = features[batch.image_positions.shape[0] :]
         targets = self.teacher.targets(batch, plan, input_features, helper_features)  # without a graph
-        hidden = forward_with_targets(self.student, batch, input_features, targets).hidden  # (T, D)
-
-        ce, ce_per_token = self.student.head(hidden[batch.supervised_positions], batch.targets, batch.ce_weights)
-        align, align_per_sample = alignment_loss(
-            hidden,
-            span_starts=batch.span_starts,
-            span_sample=batch.span_sample,
+        return forced_terms(
+            self.student,
+            batch,
+            input_features,
             values=targets.values,
             counts=targets.counts,
-            noise=None if noise is None else noise.to(device, non_blocking=True),
-            align_weights=batch.align_weights,
-        )
-        real = int(not batch.is_filler)  # a filler's span is nobody's: it must not count in the means of a step
-        return LossTerms(
-            loss=self.loss.ce_weight * ce + self.loss.sim_weight * align,
-            ce=ce.detach(),
-            align=align.detach(),
-            ce_per_token=ce_per_token,
-            align_per_sample=align_per_sample.detach(),
-            latents=targets.counts.sum() * real,
-            spans=torch.tensor(len(plan.span_sample) * real, device=device),
-            coverage_bound=targets.coverage_bound.sum() * real,
+            noise=noise,
+            coverage_bound=targets.coverage_bound,
+            loss=self.loss,
         )

@@ -9,10 +9,12 @@ import torch
 from ilvr_ds.config import Recipe
 from ilvr_ds.data.tokens import Vocabulary
 from ilvr_ds.objective.alignment import AlignmentObjective
+from ilvr_ds.objective.pause import PauseObjective
+from ilvr_ds.objective.pooled import PooledObjective
 from ilvr_ds.objective.relaxed import RelaxedObjective, alone
 from ilvr_ds.objective.student import load_student
 
-Objective = AlignmentObjective | RelaxedObjective
+Objective = AlignmentObjective | RelaxedObjective | PooledObjective | PauseObjective
 
 
 def build_objective(
@@ -22,7 +24,10 @@ def build_objective(
     agree: Callable[[int], int] = alone,
     read_weights: bool = True,
 ) -> Objective:
-    """`latent.source` "teacher": student, teacher and alignment; "self": the student with its own latents.
+    """`latent.source` decides.
+
+    "teacher": student, teacher and alignment; "self": the student with its own latents; "pooled": the student and
+    alignment with the pooled helper image; "pause": the student with empty pads.
 
     Args:
         device: where training will run.
@@ -35,4 +40,10 @@ def build_objective(
     if recipe.latent.source == "teacher":
         return AlignmentObjective.from_recipe(recipe, vocabulary, device, read_weights)
     student = load_student(recipe.model, vocabulary, device, read_weights)
-    return RelaxedObjective(student, recipe.latent, recipe.loss, agree)
+    match recipe.latent.source:
+        case "self":
+            return RelaxedObjective(student, recipe.latent, recipe.loss, agree)
+        case "pooled":
+            return PooledObjective(student, recipe.latent, recipe.loss)
+        case "pause":
+            return PauseObjective(student, recipe.latent, recipe.loss)

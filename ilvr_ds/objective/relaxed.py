@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -10,11 +9,10 @@ from torch import nn
 
 from ilvr_ds.config import LatentConfig, LossConfig
 from ilvr_ds.contracts import LossTerms, PackedBatch
-from ilvr_ds.errors import BatchError
 from ilvr_ds.model.backbone import Backbone
 from ilvr_ds.model.host_plan import to_device
 from ilvr_ds.model.latent_chain import forward_with_chain, plan_chain, rounds_needed
-from ilvr_ds.objective.student import require_latent_size
+from ilvr_ds.objective.batch import require_latent_size, without_helpers
 
 
 def alone(number: int) -> int:
@@ -58,7 +56,7 @@ class RelaxedObjective(nn.Module):
         device = self.student.device
         plan = plan_chain(batch, self.agree(rounds_needed(batch))).to(device)
         spans = 0 if batch.is_filler else len(batch.span_starts)  # a filler's span is nobody's
-        batch = to_device(_without_helpers(batch), device)
+        batch = to_device(without_helpers(batch), device)
 
         features = self.student.encode_images(batch.patches, batch.grids)  # (N, D)
         hidden = forward_with_chain(self.student, batch, features, plan).hidden  # (T, D)
@@ -74,15 +72,3 @@ class RelaxedObjective(nn.Module):
             spans=torch.tensor(spans, device=device),
             coverage_bound=torch.zeros((), dtype=torch.int64, device=device),
         )
-
-
-def _without_helpers(batch: PackedBatch) -> PackedBatch:
-    """The batch with its input images only: nobody looks at a helper image here."""
-    grids = batch.grids[: batch.num_input_images]
-    rows = sum(t * h * w for t, h, w in batch.grids)
-    if rows != batch.patches.shape[0]:
-        raise BatchError(
-            f"samples {batch.sample_ids}: {batch.patches.shape[0]} image patches, the {len(batch.grids)} grids of the "
-            f"batch need {rows}"
-        )
-    return dataclasses.replace(batch, grids=grids, patches=batch.patches[: sum(t * h * w for t, h, w in grids)])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from ilvr_ds.config import ModelConfig
-from ilvr_ds.contracts import PackedBatch
 from ilvr_ds.data.tokens import Vocabulary
-from ilvr_ds.errors import BatchError
 from ilvr_ds.model.backbone import Backbone
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # the values of model.dtype
@@ -35,11 +33,3 @@ def load_student(
         vocabulary=vocabulary,
         read_weights=read_weights,
     )
-
-
-def require_latent_size(batch: PackedBatch, size: int) -> None:
-    """Raise BatchError unless the batch was packed with the recipe's `latent.size`."""
-    if batch.latent_size != size:
-        raise BatchError(
-            f"samples {batch.sample_ids}: packed with {batch.latent_size} latents per span, latent.size is {size}"
-        )

@@ -128,7 +128,10 @@ class _Run:
         self.recipe, self.schedule, self.engine, self.shards, self.start = recipe, schedule, engine, shards, start
         self.run_dir = Path(recipe.run.dir)
         self.flops = FlopsModel(
-            engine.module.student.config, recipe.model.train_vision, has_teacher=recipe.teacher is not None
+            engine.module.student.config,
+            recipe.model.train_vision,
+            has_teacher=recipe.teacher is not None,
+            reads_helpers=recipe.latent.source in ("teacher", "pooled"),
         )
         on_gpu = engine.device.type == "cuda"
         self.peak = peak_flops(torch.cuda.get_device_name(engine.device)) if on_gpu else None

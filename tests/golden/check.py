@@ -200,7 +200,7 @@ def _selection_errors(
     features = student.encode_images(batch.patches, batch.grids)
     inputs = len(batch.image_positions)
     targets = objective.teacher.targets(batch, plan, features[:inputs], features[inputs:])
-    hidden = forward_with_targets(student, batch, features[:inputs], targets).hidden
+    hidden = forward_with_targets(student, batch, features[:inputs], targets.values, targets.counts).hidden
     errors = {}
     start, end = batch.cu_seqlens[row : row + 2].tolist()
 

@@ -11,7 +11,7 @@ from ilvr_ds.engine.ds_config import load_ds_config
 
 
 def test_every_recipe_loads(repository):
-    recipes = sorted((repository / "launch" / "recipes").glob("*.yaml"))
+    recipes = sorted((repository / "launch" / "recipes").rglob("*.yaml"))
     assert recipes
     for file in recipes:
         load_ds_config(load_recipe(file).engine.deepspeed)

@@ -170,7 +170,7 @@ def test_a_model_with_too_few_rows_for_the_latent_tokens_is_refused(small, tmp_p
     [
         ({"teacher": {}}, r"teacher='a section'.*null, as latent.source='self'"),
         ({"latent": {"size": 3}}, r"teacher=None.*latent.source='teacher'"),
-        ({"loss": {}}, r"loss.sim_weight=1.0.*0 without a teacher"),
+        ({"loss": {}}, r"loss.sim_weight=1.0.*0 with latent.source='self'"),
         ({"loss": {"sim_weight": 0, "ce_weight": 0}}, "ce_weight"),
         ({"latent": {"source": "pads"}}, "allowed are 'teacher', 'self'"),
     ],
@@ -198,7 +198,7 @@ def test_a_run_is_not_resumed_as_another_stage():
 
 def test_flops_without_a_teacher_leave_helper_images_out(small, samples):
     batch, config = small.batch(samples), small.network(0).config
-    with_teacher, without = (FlopsModel(config, False, has_teacher=t).of_batch(batch) for t in (True, False))
+    with_teacher, without = (FlopsModel(config, False, t, t).of_batch(batch) for t in (True, False))
     assert without.teacher == 0
     model = FlopsModel(config, False)
     helpers = model.vision_forward(batch.grids[batch.num_input_images :])
