@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,8 @@ def check(folder: Path, tokenizer: ChatTokenizer | None) -> str:
                 last_key = key
                 if row >= len(index):
                     raise ShardError(f"{where}: the sample is not in {INDEX_NAME}, which has {len(index)} rows")
-                for name, value in (("shard", number), ("offset", offset), ("size", len(blob))):
+                places = {"shard": number, "offset": offset, "size": len(blob), "crc32": zlib.crc32(blob)}
+                for name, value in places.items():
                     _compare(where, name, value, index[row][name])
                 raw = _parse(where, blob)
                 if raw.record.id in ids:

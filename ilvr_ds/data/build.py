@@ -38,6 +38,7 @@ from ilvr_ds.data.index import (
     Manifest,
     ShardEntry,
     file_sha256,
+    run_checksums,
     write_index,
     write_text,
 )
@@ -211,11 +212,14 @@ def write_shard(
                 else:
                     start = tar.tarstream.offset
                     tar.write({"__key__": f"{position:09d}", **sample.members})
-                    counts = {**sample.counts, "offset": start, "size": tar.tarstream.offset - start}
+                    counts = {**sample.counts, "offset": start, "size": tar.tarstream.offset - start, "crc32": 0}
                     rows.append([int(counts[key]) for key in COUNTS])
                 on_records(1)
         file.flush()
         os.fsync(file.fileno())
+    offset, size, crc32 = map(COUNTS.index, ("offset", "size", "crc32"))
+    for row, checksum in zip(rows, run_checksums(temporary, [(r[offset], r[size]) for r in rows]), strict=True):
+        row[crc32] = checksum
     entry = None
     if rows:
         entry = ShardEntry(name, temporary.stat().st_size, file_sha256(temporary), len(rows))

@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import numpy as np
 from ilvr_ds.data.images import ImageSettings
 from ilvr_ds.errors import ShardError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX_NAME = "index.npy"
 MANIFEST_NAME = "manifest.json"
 REJECTS_NAME = "rejects.jsonl"
@@ -30,6 +32,7 @@ INDEX_DTYPE = np.dtype(
         ("shard", "<u4"),  # position in the manifest's list of shards
         ("offset", "<u8"),  # bytes: where the sample's first tar header starts
         ("size", "<u8"),  # bytes: from there to the end of its last member, tar padding included
+        ("crc32", "<u4"),  # zlib.crc32 of these bytes: every read is checked, wherever it came from
         ("text_tokens", "<u4"),  # sequence tokens that are not input-image pads: text, markers, latents
         ("image_tokens", "<u4"),  # merged input-image tokens in the sequence; L = text_tokens + image_tokens
         ("helper_tokens", "<u4"),  # merged tokens of the helper images: seen by the vision tower, not in the sequence
@@ -133,6 +136,16 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def run_checksums(path: Path, runs: Iterable[tuple[int, int]]) -> list[int]:
+    """zlib.crc32 of runs of bytes (offset, size) of a file: the index's column `crc32`. One run in memory at a time."""
+    checksums = []
+    with path.open("rb") as file:
+        for offset, size in runs:
+            file.seek(offset)
+            checksums.append(zlib.crc32(file.read(size)))
+    return checksums
 
 
 def file_sha256(path: Path) -> str:

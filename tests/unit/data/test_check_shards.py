@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -71,8 +72,9 @@ def change_member(folder, member, content):
     tree["shards"][1].update(bytes=path.stat().st_size, sha256=digest)
     change_manifest(folder, shards=tree["shards"])
     first, second = sorted(starts.values())
-    change_index(folder, 2, offset=first, size=second - first)
-    change_index(folder, 3, offset=second, size=end - second)
+    whole = buffer.getvalue()
+    for row, begin, stop in ((2, first, second), (3, second, end)):
+        change_index(folder, row, offset=begin, size=stop - begin, crc32=zlib.crc32(whole[begin:stop]))
 
 
 def edit_json(**changes):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def write_shards(folder: Path, tokenizer: ChatTokenizer, samples: int = SAMPLES,
         image_counts = [h * w // 4 for _, h, w in (grids[name] for name in inputs)]
         ids, labels = tokenizer.encode_sample(record.prompt, record.steps, image_counts, latent_size)
         counts = count_tokens(ids, labels, tuple(grids.values()), len(inputs))
-        rows.append((0, offset, size, *(counts[name] for name in INDEX_DTYPE.names[3:])))
+        rows.append((0, offset, size, zlib.crc32(file.getvalue()[:size]), *(counts[n] for n in INDEX_DTYPE.names[4:])))
         blobs.append(file.getvalue()[:size])
         offset += size
     shard = folder / "shard-000000.tar"

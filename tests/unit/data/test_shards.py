@@ -112,7 +112,7 @@ def test_open_names_what_is_wrong(folder):
     broken(manifest, None, r"data_tools.build_shards")
     broken(manifest, b"{", "not readable JSON")
     broken(manifest, b"\xff", "not readable JSON")
-    broken(manifest, kept[manifest].replace(b'"format_version": 2', b'"format_version": 99'), "'format_version' is 99")
+    broken(manifest, kept[manifest].replace(b'"format_version": 3', b'"format_version": 99'), "'format_version' is 99")
     broken(manifest, kept[manifest].replace(b'"built"', b'"bilt"'), "fields missing or unknown")
     broken(index, None, "no such file")
     broken(index, kept[index][:-1], "sha256")
