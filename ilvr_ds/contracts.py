@@ -11,7 +11,7 @@ tokens, `V` vocabulary. Nothing here imports torch at run time but for type name
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,9 +24,14 @@ IGNORE_INDEX = -100  # label of a token that bears no loss (the value torch's cr
 # ---------------------------------------------------------------------------------------- records
 @dataclass(frozen=True)
 class ImageRef:
-    """An image a record points to: a path, absolute or relative to the reader's image root."""
+    """An image a record points to: a file, a member of a tar, or the file's bytes themselves.
+
+    `path` is absolute or relative to the reader's image root; `pictures.tar::a/b.png` is member `a/b.png` of a tar
+    and `a/b.*` the one file of that name with any ending. Where `content` is there, `path` only names the image.
+    """
 
     path: str
+    content: bytes | None = field(default=None, repr=False)  # a whole image file: PNG, JPEG, ...
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Readers: a line of somebody's file to a `Record`.
+"""Readers: a record of somebody's file to a `Record`.
 
-A format is a module with `parse_line(Line) -> Record` that raises RecordError; see `ilvr_jsonl` for an example.
+A format is a module with `parse_fields(Fields) -> Record` that raises RecordError; see `ilvr_jsonl` for an example.
+How the file is laid out (JSONL, JSON, parquet, compressed) is no concern of a format: see `source`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from typing import Literal
 
 from ilvr_ds.contracts import Record
 from ilvr_ds.data.formats import ilvr_jsonl, mirage_jsonl
-from ilvr_ds.data.formats.jsonl import Line
+from ilvr_ds.data.formats.jsonl import Fields, Line, parse_object
 
 FormatName = Literal["ilvr", "mirage"]
 
 
-def line_parser(name: FormatName) -> Callable[[Line], Record]:
-    """The `parse_line` of a format."""
+def record_parser(name: FormatName) -> Callable[[Fields], Record]:
+    """The `parse_fields` of a format."""
     match name:
         case "ilvr":
-            return ilvr_jsonl.parse_line
+            return ilvr_jsonl.parse_fields
         case "mirage":
-            return mirage_jsonl.parse_line
+            return mirage_jsonl.parse_fields
+
+
+def line_parser(name: FormatName) -> Callable[[Line], Record]:
+    """The same for lines of a JSONL file."""
+    parse = record_parser(name)
+    return lambda line: parse(parse_object(line))

@@ -17,10 +17,9 @@ from ilvr_ds.data.formats.markers import fill_markers
 IMAGE_MARKER = "<image>"
 
 
-def parse_line(line: Line) -> Record:
-    """One line as a `Record`. Raises RecordError (reasons of `jsonl`, and empty_steps, unknown_step_type,
+def parse_fields(fields: Fields) -> Record:
+    """One object as a `Record`. Raises RecordError (reasons of `jsonl`, and empty_steps, unknown_step_type,
     missing_helper_image, marker_count)."""
-    fields = parse_object(line)
     prompt = parse_prompt(fields)
     answer = fields.take("original_final_answer")
     return Record(
@@ -29,8 +28,13 @@ def parse_line(line: Line) -> Record:
         steps=_steps(fields),
         answer=None if answer is None else fields.as_text("original_final_answer", answer),
         map_desc=fields.take_map(),
-        origin=line.origin,
+        origin=fields.origin,
     )
+
+
+def parse_line(line: Line) -> Record:
+    """One line as a `Record`. Raises what `parse_object` and `parse_fields` raise."""
+    return parse_fields(parse_object(line))
 
 
 def parse_prompt(fields: Fields) -> tuple[str | ImageRef, ...]:

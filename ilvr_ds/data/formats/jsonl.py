@@ -33,8 +33,8 @@ class Line:
 
     @property
     def default_id(self) -> str:
-        """The id of a record that has none: FILESTEM-LINE."""
-        return f"{self.path.stem}-{self.number}"
+        """The id of a record that has none: FILESTEM-LINE, the same whether the file is compressed or not."""
+        return f"{record_stem(self.path)}-{self.number}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ class Fields:
         return tuple(tuple(row) for row in rows)
 
 
+def record_stem(path: Path) -> str:
+    """The name of an input file without its endings: `train.jsonl.gz` and `train.parquet` are both `train`."""
+    return Path(path.name.removesuffix(".gz").removesuffix(".zst")).stem
+
+
 def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a file, trailing blank lines left out; blank lines between records are kept (and refused later).
 
@@ -135,16 +140,21 @@ def parse_object(line: Line) -> Fields:
         raise RecordError("broken_json", message, origin=line.origin) from error
     if not isinstance(tree, dict):
         raise RecordError("not_an_object", f"expected a JSON object, got {_kind(tree)}", origin=line.origin)
+    return identify(tree, line.origin, line.default_id)
+
+
+def identify(tree: dict[str, Any], origin: str, default_id: str) -> Fields:
+    """`tree` with its `id` (a string or an integer) or the default one. Raises RecordError wrong_type, bad_unicode."""
     value = tree.get("id")
     if value is None:
-        return Fields(tree, line.origin, line.default_id)
+        return Fields(tree, origin, default_id)
     if type(value) is int:
         value = str(value)
-    fields = Fields(tree, line.origin, repr(value)[:200])
+    fields = Fields(tree, origin, repr(value)[:200])
     record_id = fields.as_text("id", value)
     if record_id == "":
         raise fields.error("wrong_type", "id", "the id is empty; leave it out to have one made from the line number")
-    return Fields(tree, line.origin, record_id)
+    return Fields(tree, origin, record_id)
 
 
 def _kind(value: Any) -> str:

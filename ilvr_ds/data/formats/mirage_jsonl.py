@@ -10,16 +10,15 @@ image. `id` and `map_desc` are optional, other fields are ignored; the answer is
 from __future__ import annotations
 
 from ilvr_ds.contracts import Record
-from ilvr_ds.data.formats.jsonl import Line, parse_object
+from ilvr_ds.data.formats.jsonl import Fields
 from ilvr_ds.data.formats.markers import fill_markers
 
 INPUT_MARKER = "<image>"
 OUTPUT_MARKER = "<output_image>"
 
 
-def parse_line(line: Line) -> Record:
-    """One line as a `Record`. Raises RecordError (reasons of `jsonl`, and empty_steps, marker_count)."""
-    fields = parse_object(line)
+def parse_fields(fields: Fields) -> Record:
+    """One object as a `Record`. Raises RecordError (reasons of `jsonl`, and empty_steps, marker_count)."""
     prompt = fill_markers(
         fields, "text_input", fields.take_text("text_input"), INPUT_MARKER, fields.take_paths("image_input")
     )
@@ -34,5 +33,5 @@ def parse_line(line: Line) -> Record:
         steps=steps,
         answer=None,
         map_desc=fields.take_map(),
-        origin=line.origin,
+        origin=fields.origin,
     )
