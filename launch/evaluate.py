@@ -73,7 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
             latent_size=args.latent_size, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
         settings = DecodeSettings(
-            model.latent_size, args.max_new_tokens, args.max_spans, args.early_end, sampling=sampling
+            model.latent_size,
+            args.max_new_tokens,
+            args.max_spans,
+            args.early_end,
+            sampling=sampling,
+            pause=model.pause,
         )
         generation = {
             "checkpoint_sha256": fingerprint(args.checkpoint), "dtype": dtype, "seed": args.seed,

@@ -58,7 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
             latent_size=args.latent_size, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
         )  # fmt: skip
         settings = DecodeSettings(
-            model.latent_size, args.max_new_tokens, args.max_spans, args.early_end, sampling=sampling
+            model.latent_size,
+            args.max_new_tokens,
+            args.max_spans,
+            args.early_end,
+            sampling=sampling,
+            pause=model.pause,
         )
         prompts = encode_requests(requests, model.tokenizer, model.images, args.seed)
         answers = [None] * len(requests)

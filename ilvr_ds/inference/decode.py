@@ -140,6 +140,8 @@ class _Batch:
         self.cache = DecodeCache(len(decoder.backbone.language_model.layers))
         self.active: list[tuple[int, EncodedPrompt, SequenceState]] = []
         self.hidden: Tensor | None = None  # (n, D): h of each sequence's last token
+        pads = self._on_device([self.vocabulary.latent_pad], torch.int64) if settings.pause else None
+        self.pad = None if pads is None else self.backbone.embed(pads)[0]  # (D,): what a span is fed without latents
 
     def run(self, waiting: Iterator[tuple[int, EncodedPrompt]], batch_size: int) -> Iterator[tuple[int, Generation]]:
         exhausted = False
@@ -181,7 +183,7 @@ class _Batch:
         is_latent = [state.advance(choices.get(row)) for row, state in enumerate(states)]
         for row, latent in enumerate(is_latent):
             if latent:
-                states[row].latents.append(self.hidden[row])
+                states[row].latents.append(self.hidden[row] if self.pad is None else self.pad)
         return is_latent
 
     def _choose(self, rows: list[int]) -> list[int]:
@@ -209,7 +211,7 @@ class _Batch:
         """Run every sequence's last token."""
         states = [state for _, _, state in self.active]
         inputs = self.backbone.embed(self._on_device([state.tokens[-1] for state in states], torch.int64))  # (n, D)
-        if any(is_latent):
+        if any(is_latent) and not self.settings.pause:
             inputs = torch.where(self._on_device(is_latent, torch.bool)[:, None], self.hidden, inputs)
         positions = self._on_device([state.position for state in states], torch.int64)
         self.hidden = run_one_token(self.backbone.language_model, inputs, positions, self.cache)

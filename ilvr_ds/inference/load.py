@@ -13,7 +13,8 @@ from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import ConfigError
 from ilvr_ds.inference.decode import Decoder
 from ilvr_ds.model.backbone import Backbone, read_config
-from ilvr_ds.model.latent_settings import check_latent_tokens, read_latent_settings
+from ilvr_ds.model.folder import read_tree
+from ilvr_ds.model.latent_settings import LATENT_KEY, check_latent_tokens, read_latent_settings
 from ilvr_ds.model.varlen_attention import AttentionName
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -27,6 +28,7 @@ class LoadedModel:
     tokenizer: ChatTokenizer
     latent_size: int  # K
     images: ImageSettings  # of input images
+    pause: bool = False  # trained with empty pads: see `DecodeSettings.pause`
 
 
 def load_model(
@@ -61,6 +63,7 @@ def load_model(
             f"{tokenizer.vocabulary.image_pad}: model and tokenizer belong to different vocabularies; use the "
             "tokenizer the model was trained with"
         )
+    pause = LATENT_KEY in read_tree(folder) and read_latent_settings(folder).pause
     if latent_size is None:
         try:
             latent_size = read_latent_settings(folder).latent_size
@@ -70,7 +73,7 @@ def load_model(
     backbone = Backbone.load(
         folder, dtype=dtype, attention=attention, device=device, vocabulary=tokenizer.vocabulary
     ).to(device)
-    return LoadedModel(Decoder(backbone, tokenizer), tokenizer, latent_size, images)
+    return LoadedModel(Decoder(backbone, tokenizer), tokenizer, latent_size, images, pause)
 
 
 def image_settings_of(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageSettings:

@@ -28,6 +28,7 @@ class DecodeSettings:
     early_end: bool = False  # leave a span when the model would say `<|latent_end|>` (the published behaviour)
     sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: tuple[int, ...] | None = None  # None: `<|im_end|>`
+    pause: bool = False  # a model trained with empty pads: inputs within a span are the pad's embedding, no latents
 
     def __post_init__(self) -> None:
         for name, least in (("latent_size", 1), ("max_new_tokens", 1), ("max_spans", 0)):

@@ -48,7 +48,9 @@ def read_latent_settings(path: str | Path) -> LatentSettings:
         )
     settings = tree[LATENT_KEY]
     try:
-        return LatentSettings(int(settings["latent_size"]), dict(settings["token_ids"]), dict(settings["training"]))
+        training = dict(settings["training"])
+        dict(training.get("latent", {}))  # a section, where the run has left its facts
+        return LatentSettings(int(settings["latent_size"]), dict(settings["token_ids"]), training)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: key {LATENT_KEY!r} is damaged: {error!r}") from error
 
