@@ -1,29 +1,31 @@
-"""Read a folder of shards again, byte by byte, and stop at the first thing that is not as written down.
+"""Read a folder of shards again, byte by byte, and list everything that is not as written down.
 
-    python -m data_tools.check_shards DIR [--tokenizer MODEL_FOLDER]
+    python -m data_tools.check_shards DIR [--tokenizer MODEL_FOLDER] [--workers 8]
 
-Checked: hash and size of every file; every tar header, the place and size of every sample against the index; every
-JSON, image and grid, and the pixel bounds; ids and keys used once; image and span counts; with --tokenizer also the
-token counts; the rejects. Prints a summary and exits 0, or prints the file, the key and the field and exits 1.
+Checked: hash and size of every file; every tar header, the place, size and checksum of every sample against the
+index; every JSON, image and grid, and the pixel bounds; ids and keys used once; image and span counts; with --tokenizer
+also the token counts; the rejects. Prints a summary and exits 0; or prints a line for every problem, with the file,
+the key and the field, and exits 1. --workers processes read one shard each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
-import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from tarfile import BLOCKSIZE, NUL, TarError, TarInfo
 
 import numpy as np
 from tqdm import tqdm
 
-from ilvr_ds.data.images import FACTOR, PATCH, ImageError, merged_tokens, read_image
-from ilvr_ds.data.index import INDEX_NAME, REJECTS_NAME, Manifest, ShardEntry, file_sha256, read_index, read_manifest
-from ilvr_ds.data.shards import RawSample, count_tokens, parse_sample
+from ilvr_ds.data.check import ID_DTYPE, ShardReport, check_shard, ids_at
+from ilvr_ds.data.index import INDEX_NAME, REJECTS_NAME, Manifest, file_sha256, read_index, read_manifest
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import IlvrError, ShardError
 
@@ -33,168 +35,150 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_tools.check_shards", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder written by build_shards")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with tokenizer.json: count tokens again")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default: {cores}, cores)")
     options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error(f"--workers {options.workers}: 1 or more")
     try:
-        tokenizer = None if options.tokenizer is None else ChatTokenizer.from_folder(options.tokenizer)
-        print(check(options.folder, tokenizer))
+        problems, summary = check(options.folder, options.tokenizer, options.workers)
     except IlvrError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        print(f"{options.folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", file=sys.stderr)
+        return 1
+    print(summary)
     return 0
 
 
-def check(folder: Path, tokenizer: ChatTokenizer | None) -> str:
-    """Check a whole folder and return a summary. Raises ShardError at the first lie."""
+def check(folder: Path, tokenizer_folder: Path | None, workers: int = 1) -> tuple[list[str], str]:
+    """Check a whole folder: (problems, a summary). Raises ShardError when there is no manifest to check against, and
+    ConfigError when `tokenizer_folder` holds no tokenizer."""
     manifest = read_manifest(folder)
-    index = read_index(folder, manifest)
-    if tokenizer is not None and tokenizer.vocabulary.fingerprint != manifest.tokenizer_fingerprint:
+    problems = _check_listing(folder, manifest)
+    if tokenizer_folder is not None:
+        fingerprint = ChatTokenizer.from_folder(tokenizer_folder).vocabulary.fingerprint
+        if fingerprint != manifest.tokenizer_fingerprint:
+            problems.append(
+                f"{folder}/manifest.json: field 'tokenizer_fingerprint': the shards were counted with "
+                f"{manifest.tokenizer_fingerprint[:16]}, --tokenizer is {fingerprint[:16]}; tokens not counted again"
+            )
+            tokenizer_folder = None
+    index = _read_index(folder, manifest, problems)
+    reports: dict[int, ShardReport] = {}
+    with tqdm(total=manifest.built, unit="sample", desc="check_shards", file=sys.stderr) as bar:
+        for number, report in _check_all(folder, manifest, index, tokenizer_folder, workers):
+            reports[number] = report
+            bar.update(report.samples)
+            bar.set_postfix_str(f"{sum(len(r.problems) for r in reports.values())} problems", refresh=False)
+    problems += [problem for number in sorted(reports) for problem in reports[number].problems]
+    problems += _ids_used_twice(folder, manifest, [reports[number].ids for number in sorted(reports)])
+    samples = sum(report.samples for report in reports.values())
+    if index is not None and samples != len(index):
+        problems.append(f"{folder / INDEX_NAME}: {len(index)} rows, the tars hold {samples} samples")
+    problems += _check_rejects(folder, manifest)
+    images = sum(report.images for report in reports.values())
+    counted = "tokens counted again" if tokenizer_folder is not None else "tokens not counted again (no --tokenizer)"
+    return problems, f"{folder}: clean. {samples} samples, {images} images, {len(manifest.shards)} shards, {counted}"
+
+
+def _check_all(
+    folder: Path, manifest: Manifest, index: np.ndarray | None, tokenizer_folder: Path | None, workers: int
+) -> Iterator[tuple[int, ShardReport]]:
+    """(number, report) of every shard, as they get ready."""
+    ends = np.cumsum([entry.samples for entry in manifest.shards])
+
+    def arguments(number: int) -> tuple:
+        entry = manifest.shards[number]
+        rows = None if index is None else np.array(index[ends[number] - entry.samples : ends[number]])
+        return folder, manifest, number, rows, tokenizer_folder
+
+    if workers == 1 or len(manifest.shards) <= 1:
+        for number in range(len(manifest.shards)):
+            yield number, check_shard(*arguments(number))
+        return
+    context = multiprocessing.get_context("spawn")  # nothing of this process's threads and open files
+    waiting: dict = {}
+    try:
+        with ProcessPoolExecutor(min(workers, len(manifest.shards)), mp_context=context) as pool:
+            # A few shards ahead of the workers: a folder of 100,000 shards is not copied into the queue.
+            for number in range(len(manifest.shards)):
+                waiting[pool.submit(check_shard, *arguments(number))] = number
+                if len(waiting) >= 2 * workers:
+                    done = next(as_completed(waiting))
+                    yield waiting.pop(done), done.result()
+            for done in as_completed(list(waiting)):
+                yield waiting[done], done.result()
+    except BrokenProcessPool as error:
+        names = ", ".join(manifest.shards[number].name for number in sorted(waiting.values()))
         raise ShardError(
-            f"{folder}/manifest.json: field 'tokenizer_fingerprint': the shards were counted with "
-            f"{manifest.tokenizer_fingerprint[:16]}, --tokenizer is {tokenizer.vocabulary.fingerprint[:16]}"
-        )
-    _check_listing(folder, manifest)
-    ids: dict[str, str] = {}
-    images = 0
-    row = 0
-    with tqdm(total=len(index), unit="sample", desc="check_shards", file=sys.stderr) as bar:
-        for number, entry in enumerate(manifest.shards):
-            path = folder / entry.name
-            _check_file(path, entry)
-            last_key = ""
-            first_row = row
-            for key, offset, blob in _walk(path):
-                where = f"{path}: key {key}"
-                if key <= last_key:
-                    raise ShardError(f"{where}: comes after key {last_key}; keys must ascend")
-                last_key = key
-                if row >= len(index):
-                    raise ShardError(f"{where}: the sample is not in {INDEX_NAME}, which has {len(index)} rows")
-                places = {"shard": number, "offset": offset, "size": len(blob), "crc32": zlib.crc32(blob)}
-                for name, value in places.items():
-                    _compare(where, name, value, index[row][name])
-                raw = _parse(where, blob)
-                if raw.record.id in ids:
-                    raise ShardError(f"{where}: field 'id': {raw.record.id!r} is also the id of {ids[raw.record.id]}")
-                ids[raw.record.id] = where
-                _check_sample(where, raw, index[row], manifest, tokenizer)
-                images += len(raw.images)
-                row += 1
-                bar.update()
-            if row - first_row != entry.samples:
-                raise ShardError(f"{path}: {row - first_row} samples, manifest.json says {entry.samples}")
-    if row != len(index):
-        raise ShardError(f"{folder / INDEX_NAME}: {len(index)} rows, the tars hold {row} samples")
-    _check_rejects(folder, manifest)
-    counted = "tokens counted again" if tokenizer is not None else "tokens not counted again (no --tokenizer)"
-    return f"{folder}: clean. {row} samples, {images} images, {len(manifest.shards)} shards, {counted}"
+            f"{folder}: a worker process died (out of memory?) while one of these was read: {names}; "
+            f"run again with --workers 1 to see which"
+        ) from error
 
 
-def _check_listing(folder: Path, manifest: Manifest) -> None:
-    names = [entry.name for entry in manifest.shards]
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in names:
-            raise ShardError(f"{path}: the shard is not in manifest.json; remove it")
-    if len(set(names)) != len(names):
-        raise ShardError(f"{folder}/manifest.json: field 'shards': a name occurs twice")
-
-
-def _check_file(path: Path, entry: ShardEntry) -> None:
-    if not path.is_file():
-        raise ShardError(f"{path}: the shard is missing")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise ShardError(f"{path}: field 'bytes': the file has {size}, manifest.json says {entry.bytes}")
-    digest = file_sha256(path)
-    if digest != entry.sha256:
-        raise ShardError(f"{path}: field 'sha256': the file has {digest}, manifest.json says {entry.sha256}")
-
-
-def _walk(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """(key, offset, bytes) of every sample, from the 512-byte headers themselves."""
-    key, start, sample = None, 0, bytearray()
-    with path.open("rb") as file:
-        while (header := file.read(BLOCKSIZE)) != NUL * BLOCKSIZE:
-            position = file.tell() - len(header)
-            if len(header) < BLOCKSIZE:
-                raise ShardError(f"{path}: key {key}: the tar ends at byte {file.tell()} without an end mark")
-            try:
-                info = TarInfo.frombuf(header, "utf-8", "strict")
-            except (TarError, UnicodeDecodeError) as error:
-                raise ShardError(f"{path}: byte {position}, after key {key}: not a tar header ({error})") from error
-            member_key = info.name.partition(".")[0]
-            if key is not None and member_key != key:
-                yield key, start, bytes(sample)
-                start, sample = position, bytearray()
-            key = member_key
-            padded = -(-info.size // BLOCKSIZE) * BLOCKSIZE
-            content = file.read(padded)
-            if len(content) < padded:
-                raise ShardError(f"{path}: key {key}: member {info.name!r} of {info.size} bytes is cut short")
-            sample += header + content
-        if key is not None:
-            yield key, start, bytes(sample)
-        if file.read().strip(NUL):
-            raise ShardError(f"{path}: key {key}: bytes after the end mark")
-
-
-def _parse(where: str, blob: bytes) -> RawSample:
+def _read_index(folder: Path, manifest: Manifest, problems: list[str]) -> np.ndarray | None:
+    """The index; None (and the reason among the problems) where it cannot be used: the tars are checked all the same."""
     try:
-        return parse_sample(blob)
+        index = read_index(folder, manifest)
     except ShardError as error:
-        raise ShardError(f"{where}: {error}") from error
+        problems.append(str(error))
+        return None
+    digest = file_sha256(folder / INDEX_NAME)
+    if digest != manifest.index_sha256:
+        problems.append(f"{folder / INDEX_NAME}: sha256 is {digest}, manifest.json says {manifest.index_sha256}")
+    return index
 
 
-def _check_sample(
-    where: str, raw: RawSample, row: np.void, manifest: Manifest, tokenizer: ChatTokenizer | None
-) -> None:
-    for role, members in (("input", raw.input_members), ("helper", raw.helper_members)):
-        for member in members:
-            _check_image(f"{where}: {member}", raw.images[member], raw.grids[member], manifest.images.bounds(role))
-    inputs = [raw.grids[member] for member in raw.input_members]
-    helpers = [raw.grids[member] for member in raw.helper_members]
-    image_counts = [merged_tokens(grid) for grid in inputs]
-    _compare(where, "image_tokens", sum(image_counts), row["image_tokens"])
-    _compare(where, "helper_tokens", sum(merged_tokens(grid) for grid in helpers), row["helper_tokens"])
-    _compare(where, "spans", len(helpers), row["spans"])
-    if tokenizer is not None:
-        prompt, steps = raw.record.prompt, raw.record.steps
-        ids, labels = tokenizer.encode_sample(prompt, steps, image_counts, manifest.latent_size)
-        for name, value in count_tokens(ids, labels, (*inputs, *helpers), len(inputs)).items():
-            _compare(where, name, value, row[name])
+def _check_listing(folder: Path, manifest: Manifest) -> list[str]:
+    names = [entry.name for entry in manifest.shards]
+    problems = [
+        f"{path}: the shard is not in manifest.json; remove it"
+        for path in sorted(folder.glob("*.tar"))
+        if path.name not in set(names)
+    ]
+    if len(set(names)) != len(names):
+        problems.append(f"{folder}/manifest.json: field 'shards': a name occurs twice")
+    return problems
 
 
-def _check_image(where: str, content: bytes, grid: tuple[int, int, int], bounds: tuple[int, int]) -> None:
-    try:
-        image = read_image(content)
-    except ImageError as error:
-        raise ShardError(f"{where}: {error}") from error
-    found = (1, image.height // PATCH, image.width // PATCH)
-    if image.height % FACTOR or image.width % FACTOR:
-        raise ShardError(f"{where}: {image.width}x{image.height} pixels, sides must be multiples of {FACTOR}")
-    if found != grid:
-        raise ShardError(f"{where}: field 'grids': the image has {found}, its JSON says {grid}")
-    # Rounding both sides can leave a narrow image a little outside its bounds, by one row or column of tokens.
-    low, high = bounds
-    slack = FACTOR * (image.width + image.height)
-    if not low - slack <= image.width * image.height <= high + slack:
-        raise ShardError(f"{where}: {image.width}x{image.height} pixels, the bounds are {low} to {high} pixels")
+def _ids_used_twice(folder: Path, manifest: Manifest, parts: list[np.ndarray]) -> list[str]:
+    """Ids of more than one sample, over all shards. 16 bytes a sample, whatever the length of its id."""
+    ids = np.concatenate([*parts, np.zeros(0, ID_DTYPE)])
+    ids = ids[np.argsort(ids["hash"], kind="stable")]
+    same = ids["hash"][1:] == ids["hash"][:-1]
+    suspects = ids[np.append(same, False) | np.append(False, same)]
+    positions = defaultdict(set)
+    for suspect in suspects:
+        positions[int(suspect["shard"])].add(int(suspect["position"]))
+    problems, owner = [], {}
+    for shard in sorted(positions):
+        path = folder / manifest.shards[shard].name
+        for _, (key, record_id) in sorted(ids_at(path, positions[shard]).items()):
+            where = f"{path}: key {key}"
+            if record_id in owner:
+                problems.append(f"{where}: field 'id': {record_id!r} is also the id of {owner[record_id]}")
+            owner.setdefault(record_id, where)
+    return problems
 
 
-def _check_rejects(folder: Path, manifest: Manifest) -> None:
+def _check_rejects(folder: Path, manifest: Manifest) -> list[str]:
     path = folder / REJECTS_NAME
+    reasons: Counter[str] = Counter()
     try:
-        rejects = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        reasons = Counter(reject["reason"] for reject in rejects)
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                reasons[json.loads(line)["reason"]] += 1
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path}: cannot be read: {error!r}") from error
-    _compare(str(path), "rejected", len(rejects), manifest.rejected, "manifest.json")
+        return [f"{path}: cannot be read: {error!r}"]
+    if reasons.total() != manifest.rejected:
+        return [f"{path}: field 'rejected': found {reasons.total()}, manifest.json says {manifest.rejected}"]
     if reasons != manifest.reject_reasons:
-        raise ShardError(f"{path}: field 'reason': {dict(reasons)}, manifest.json says {manifest.reject_reasons}")
-
-
-def _compare(where: str, name: str, found: int, written: int, book: str = INDEX_NAME) -> None:
-    if found != written:
-        raise ShardError(f"{where}: field {name!r}: found {found}, {book} says {written}")
+        return [f"{path}: field 'reason': {dict(reasons)}, manifest.json says {manifest.reject_reasons}"]
+    return []
 
 
 if __name__ == "__main__":
