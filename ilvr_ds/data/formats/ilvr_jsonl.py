@@ -43,10 +43,10 @@ def parse_prompt(fields: Fields) -> tuple[str | ImageRef, ...]:
     Raises RecordError missing_field, wrong_type, missing_image, marker_count.
     """
     text = fields.take_text("text_input")
-    images = fields.take_paths("image_input")
+    images = fields.take_images("image_input")
     if IMAGE_MARKER in text:
         return fill_markers(fields, "text_input", text, IMAGE_MARKER, images)
-    return (*(ImageRef(path) for path in images), text)
+    return (*images, text)
 
 
 def _steps(fields: Fields) -> tuple[str | ImageRef, ...]:
@@ -67,7 +67,7 @@ def _steps(fields: Fields) -> tuple[str | ImageRef, ...]:
             if step.get("helper_image") in (None, ""):
                 message = "a latent step needs the path of its helper image"
                 raise fields.error("missing_helper_image", f"{where}.helper_image", message)
-            steps.append(ImageRef(fields.as_path(f"{where}.helper_image", step["helper_image"])))
+            steps.append(fields.as_image(f"{where}.helper_image", step["helper_image"]))
         else:
             message = f"unknown step type {kind!r:.80}; allowed: 'text', 'latent'"
             raise fields.error("unknown_step_type", f"{where}.type", message)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ilvr_ds.contracts import ImageRef
+from ilvr_ds.data.formats.image_field import image_field
 from ilvr_ds.errors import RecordError
 
 _BOM = b"\xef\xbb\xbf"
@@ -83,6 +85,29 @@ class Fields:
         if self.as_text(field, value) == "":
             raise self.error("missing_image", field, "the image path is empty")
         return value
+
+    def take_images(self, field: str) -> tuple[ImageRef, ...]:
+        """An image or a list of images (maybe empty) that must be there; see `as_image`."""
+        value = self.take(field)
+        if not isinstance(value, list):
+            return (self.as_image(field, value),)
+        return tuple(self.as_image(f"{field}[{i}]", entry) for i, entry in enumerate(value))
+
+    def as_image(self, field: str, value: Any) -> ImageRef:
+        """`value` if it is an image in one of the ways of `image_field`; `field` names it in errors."""
+        if isinstance(value, str):
+            self.as_path(field, value)
+        try:
+            return image_field(value, field)
+        except ValueError as error:
+            raise self.error(*error.args[:1], field, error.args[1]) from error
+
+    def take_options(self, field: str) -> dict[str, str]:
+        """The options of a multiple-choice question by their letters: a list of 2 to 26 texts."""
+        texts = self.take(field)
+        if not isinstance(texts, list) or not 2 <= len(texts) <= 26:
+            raise self.error("wrong_type", field, "expected a list of 2 to 26 texts")
+        return {chr(ord("A") + i): self.as_text(f"{field}[{i}]", text) for i, text in enumerate(texts)}
 
     def take_map(self) -> tuple[tuple[int, ...], ...] | None:
         """The optional FrozenLake map `map_desc`: rows of equal length of 1 start, 2 goal, 0 safe, -1 hole."""

@@ -20,10 +20,10 @@ OUTPUT_MARKER = "<output_image>"
 def parse_fields(fields: Fields) -> Record:
     """One object as a `Record`. Raises RecordError (reasons of `jsonl`, and empty_steps, marker_count)."""
     prompt = fill_markers(
-        fields, "text_input", fields.take_text("text_input"), INPUT_MARKER, fields.take_paths("image_input")
+        fields, "text_input", fields.take_text("text_input"), INPUT_MARKER, fields.take_images("image_input")
     )
     steps = fill_markers(
-        fields, "text_output", fields.take_text("text_output"), OUTPUT_MARKER, fields.take_paths("image_output")
+        fields, "text_output", fields.take_text("text_output"), OUTPUT_MARKER, fields.take_images("image_output")
     )
     if not steps:
         raise fields.error("empty_steps", "text_output", "there is nothing in the output to learn")
