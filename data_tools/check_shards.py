@@ -121,7 +121,7 @@ def _check_all(
 
 
 def _read_index(folder: Path, manifest: Manifest, problems: list[str]) -> np.ndarray | None:
-    """The index; None (and the reason among the problems) where it cannot be used: the tars are checked all the same."""
+    """The index; None, and the reason among the problems, where it cannot be used: the tars are checked anyway."""
     try:
         index = read_index(folder, manifest)
     except ShardError as error:
