@@ -19,7 +19,7 @@ from PIL import Image
 from ilvr_ds.data.frozenlake import GOAL, HOLE, SAFE, START, MapDesc, Position, find_cell
 from ilvr_ds.errors import PuzzleError
 
-CELL = 64  # side of a cell in pixels
+CELL = 64  # side of a cell in the official pictures, in pixels
 SPRITE = 32  # side of a sprite file in pixels
 BORDER = (180, 200, 230)  # the environment's own cell border
 ELF = {"L": "elf_left", "D": "elf_down", "R": "elf_right", "U": "elf_up"}
@@ -27,25 +27,30 @@ OBJECT = {SAFE: None, HOLE: "hole", GOAL: "goal", START: "stool"}
 INSTALL = "install the sprites with: pip install 'ilvr_ds[puzzles]'"
 
 
-def render(map_desc: MapDesc, position: Position | None = None, last_move: str | None = None) -> np.ndarray:
-    """The map with the elf at `position` (default: on the start) as (64 n, 64 n, 3) uint8 RGB.
+def render(
+    map_desc: MapDesc, position: Position | None = None, last_move: str | None = None, cell: int = CELL
+) -> np.ndarray:
+    """The map with the elf at `position` (default: on the start) as (cell n, cell n, 3) uint8 RGB.
 
     The elf faces `last_move` (a letter of `frozenlake.MOVES`; default: down, as before the first move). The
-    start keeps its stool when the elf has left; on the goal the elf stands before the gift.
-    Raises `PuzzleError` if gymnasium or one of its sprites is missing, or the position is off the map.
+    start keeps its stool when the elf has left; on the goal the elf stands before the gift. With `cell` other than
+    64 each cell of the official picture is averaged down (or up) to `cell` pixels.
+    Raises `PuzzleError` if gymnasium or one of its sprites is missing, the position is off the map, or `cell` < 1.
     """
     size = len(map_desc)
-    row, column = find_cell(map_desc, START) if position is None else position
-    if not (0 <= row < size and 0 <= column < size):
-        raise PuzzleError(f"position {(row, column)} is off the {size}x{size} map")
+    here = find_cell(map_desc, START) if position is None else position
+    if not (0 <= here[0] < size and 0 <= here[1] < size):
+        raise PuzzleError(f"position {here} is off the {size}x{size} map")
     if last_move is not None and last_move not in ELF:
         raise PuzzleError(f"unknown move {last_move!r}; allowed: {', '.join(ELF)}")
-    picture = np.concatenate([np.concatenate([_cell(value) for value in cells], axis=1) for cells in map_desc], axis=0)
-    elf = "cracked_hole" if map_desc[row][column] == HOLE else ELF[last_move or "D"]
-    top, left = row * CELL, column * CELL
-    here = picture[top : top + CELL, left : left + CELL]
-    here[:] = _blend(here, _sprite(elf))
-    return picture
+    if cell < 1:
+        raise PuzzleError(f"cell: got {cell} pixels; allowed: 1 or more")
+    elf = ELF[last_move or "D"]
+    rows = [
+        [_tile(value, elf if (row, column) == here else None, cell) for column, value in enumerate(cells)]
+        for row, cells in enumerate(map_desc)
+    ]
+    return np.concatenate([np.concatenate(tiles, axis=1) for tiles in rows], axis=0)
 
 
 def encode_png(picture: np.ndarray) -> bytes:
@@ -79,15 +84,17 @@ def _sprite(name: str) -> np.ndarray:
 
 
 @cache
-def _cell(value: int) -> np.ndarray:
-    """A cell without the elf: (64, 64, 3) uint8. Cached: never write into it."""
-    cell = _sprite("ice")[..., :3].copy()
+def _tile(value: int, elf: str | None, cell: int) -> np.ndarray:
+    """A cell, with the elf (by its sprite) or without: (cell, cell, 3) uint8. Cached: never write into it."""
+    tile = _sprite("ice")[..., :3].copy()
     name = OBJECT[value]
     if name is not None:
-        cell = _blend(cell, _sprite(name))
-    cell[[0, -1], :] = BORDER
-    cell[:, [0, -1]] = BORDER
-    return cell
+        tile = _blend(tile, _sprite(name))
+    tile[[0, -1], :] = BORDER
+    tile[:, [0, -1]] = BORDER
+    if elf is not None:
+        tile = _blend(tile, _sprite("cracked_hole" if value == HOLE else elf))
+    return tile if cell == CELL else np.asarray(Image.fromarray(tile).resize((cell, cell), Image.Resampling.BOX))
 
 
 def _blend(below: np.ndarray, sprite: np.ndarray) -> np.ndarray:

@@ -56,6 +56,21 @@ def test_records_are_a_pure_function_with_varied_wording():
     assert len(openings) == 9  # three openings times three sentences
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.integers(2, 7), st.integers(1, 5))
+def test_the_brief_wording_names_the_same_walk(seed, size, moves_per_helper):
+    map_desc = next(make_maps(MapSpec((size,), (0.1, 0.3), seed), 1))
+    full, brief = (puzzle_record(map_desc, seed, 0, moves_per_helper, w) for w in ("sentences", "brief"))
+    assert brief.frames == full.frames
+    assert brief.fields["original_final_answer"] == full.fields["original_final_answer"]
+    positions = simulate(map_desc, shortest_plan(map_desc)).positions
+    text = "".join(step["content"] for step in brief.fields["sequence_plan"][:-1] if step["type"] == "text")
+    squares = [(int(row) - 1, ord(column) - ord("a")) for column, row in re.findall(r"\b([a-z])(\d)\b", text)]
+    assert squares[:2] == [positions[0], positions[-1]]
+    assert squares[2:] == list(positions[1:])
+    assert "".join(re.findall(r"\b[LRUD]\b", text)) == shortest_plan(map_desc)
+
+
 def test_impossible_records():
     with pytest.raises(PuzzleError, match="moves_per_helper"):
         puzzle_record(parse_map([[1, 2], [0, 0]]), 0, 0, 0)
@@ -67,7 +82,7 @@ def test_example_texts_agree_on_the_common_prefix_and_need_no_sprites(monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)  # importing it now fails
     texts = example_texts(5)
     assert example_texts(9)[: len(texts)] == texts
-    assert sum("<image>" in text for text in texts) == 5
+    assert sum("<image>" in text for text in texts) == 10  # five puzzles in two wordings
 
 
 def test_answers_are_the_documented_choice():

@@ -124,3 +124,14 @@ def test_a_gymnasium_with_other_sprites_is_refused(tmp_path, sprite):
     assert "PuzzleError" in result.stderr
     assert "ice.png" in result.stderr
     assert "pip install 'ilvr_ds[puzzles]'" in result.stderr
+
+
+def test_another_cell_size_is_the_official_picture_averaged_cell_by_cell():
+    official = Image.fromarray(render(LAKE, (1, 1), "U"))
+    for cell in (32, 28, 16):
+        small = render(LAKE, (1, 1), "U", cell)
+        assert small.shape == (3 * cell, 3 * cell, 3)
+        whole = np.asarray(official.resize((3 * cell, 3 * cell), Image.Resampling.BOX))
+        assert np.abs(small.astype(int) - whole).max() <= 1
+    with pytest.raises(PuzzleError, match="cell"):
+        render(LAKE, cell=0)

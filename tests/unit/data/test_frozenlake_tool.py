@@ -72,6 +72,22 @@ def test_excluded_maps_stay_held_out(tmp_path):
     assert not held_out & made
 
 
+def test_puzzles_on_given_maps_small_and_brief(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "a"), "--count", "4", "--sizes", "3", "4"]) == 0
+    again = ["--maps", str(tmp_path / "a" / "records.jsonl"), "--wording", "brief", "--cell", "28"]
+    assert main(["--out", str(tmp_path / "b"), *again]) == 0
+    assert [r["map_desc"] for r in read(tmp_path / "b")] == [r["map_desc"] for r in read(tmp_path / "a")]
+    for record in read(tmp_path / "b"):
+        with Image.open(tmp_path / "b" / record["image_input"][0]) as image:
+            assert image.size == (28 * len(record["map_desc"]),) * 2
+        assert record["text_input"].endswith("Find a shortest safe plan for the elf.")
+    (tmp_path / "none.jsonl").write_text("\n")
+    assert main(["--out", str(tmp_path / "c"), "--maps", str(tmp_path / "none.jsonl")]) == 1
+    assert "no map" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path / "c"), "--count", "1", "--cell", "0"]) == 1
+    assert "cell: got 0" in capsys.readouterr().err
+
+
 def test_the_official_test_set_can_be_excluded(realdata, tmp_path):
     official = realdata / "vsp_planning_test" / "test.jsonl"
     assert main(["--out", str(tmp_path / "t"), "--count", "40", "--sizes", "3", "--exclude", str(official)]) == 0
