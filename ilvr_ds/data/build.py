@@ -1,299 +1,220 @@
-"""Records to a folder of shards: survey the input, write each shard on its own, then index and manifest.
+"""Records to a folder of shards, by any number of processes and jobs, with the same bytes.
 
-    survey(input)              one pass, no image opened: line offsets, who owns each id, hash of the file
-    write_shard(..., number)   records [number * S, (number + 1) * S) of the input: one tar, or none if all are refused
-    finish(...)                index.npy, rejects.jsonl, manifest.json
+    build(settings, tokenizer, on_progress, workers=8)              all of it, on one machine
+    build_job(settings, tokenizer, on_progress, Job(3, 64), ...)    every 64th shard; `build_merge.merge` finishes
 
-Which record goes into which shard depends on its place in the input alone, so shards can be written in any order,
-by any number of workers, with the same bytes; a build that stopped keeps the shards it had finished
-(`OUT/progress` says which, with their hashes).
+Which record goes into which shard depends on its place in the input alone, so shards can be written in any order, by
+any worker of any job. A build that stopped, however it was stopped, keeps the shards it had finished (`OUT/progress`
+says which, with their hashes) and ends with the bytes of one that never stopped.
+
+    build_settings   what is built, and how a folder remembers it
+    build_survey     ids and duplicates, before any image is opened
+    build_worker     one task: a range surveyed, a shard written
+    build_pool       worker processes that may die
+    build_merge      shards to index, rejects and manifest
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
+import uuid
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
-import PIL
-from webdataset import TarWriter
-
-from ilvr_ds.contracts import Record
-from ilvr_ds.data.assistant_view import AssistantView, assistant_view
-from ilvr_ds.data.encode import encode_record
-from ilvr_ds.data.formats import FormatName, line_parser
-from ilvr_ds.data.formats.jsonl import Line, read_lines
-from ilvr_ds.data.images import FACTOR, ImageSettings
-from ilvr_ds.data.index import (
-    FORMAT_VERSION,
-    INDEX_DTYPE,
-    MANIFEST_NAME,
-    REJECTS_NAME,
-    Manifest,
-    ShardEntry,
-    file_sha256,
-    run_checksums,
-    write_index,
-    write_text,
+from ilvr_ds.data.build_merge import finish, remove_temporaries
+from ilvr_ds.data.build_pool import InProcess, WorkerPool
+from ilvr_ds.data.build_settings import (
+    PROGRESS,
+    BuildSettings,
+    Job,
+    build_identity,
+    claim_folder,
+    prepare_folder,
+    shard_count,
 )
+from ilvr_ds.data.build_survey import ID_HASH, SURVEY, Survey, find_duplicates, load_survey, save_survey
+from ilvr_ds.data.build_worker import ShardSummary, Task, Work
+from ilvr_ds.data.formats.source import open_source
+from ilvr_ds.data.index import Manifest
 from ilvr_ds.data.tokens import ChatTokenizer
-from ilvr_ds.errors import ConfigError, RecordError, ShardError
+from ilvr_ds.data.whole_file import TEMPORARY, cannot_write
+from ilvr_ds.errors import ShardError
 
-PROGRESS = "progress"  # folder inside OUT: build.json (what is being built) and one JSON per finished shard
-COUNTS = INDEX_DTYPE.names[1:]  # the fields of a row but `shard`, which is known when all shards are
+__all__ = ["PROGRESS", "BuildSettings", "Job", "Progress", "build", "build_job", "survey_only"]
 
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """Everything that decides the bytes of the shards, but the tokenizer. Raises ConfigError when impossible."""
-
-    source: Path  # a JSONL file
-    source_format: FormatName
-    image_root: Path
-    out: Path
-    latent_size: int = 8
-    samples_per_shard: int = 1000
-    max_tokens: int | None = None
-    assistant: AssistantView = "interleaved"
-    images: ImageSettings = field(default_factory=ImageSettings)
-
-    def __post_init__(self) -> None:
-        if not self.source.is_file():
-            raise ConfigError(f"--input {self.source}: no such file")
-        if not self.image_root.is_dir():
-            raise ConfigError(f"--image-root {self.image_root}: no such folder")
-        for name in ("latent_size", "samples_per_shard"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: allowed: 1 or more")
-        for role in ("input", "helper"):
-            low, high = self.images.bounds(role)
-            if not (1 <= low <= high and high >= FACTOR**2):
-                raise ConfigError(
-                    f"--{role}-min-pixels {low}, --{role}-max-pixels {high}: the smaller must come first, "
-                    f"and the larger must be {FACTOR**2} (one token) or more"
-                )
+SURVEY_RANGE = 4096  # records surveyed in one task
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What one pass over the input tells, before any image is opened."""
+class Progress:
+    """How far a build is."""
 
-    sha256: str
-    offsets: np.ndarray  # (records,) int64: byte where each record's line starts
-    numbers: np.ndarray  # (records,) int64: its 1-based line
-    duplicates: dict[int, int]  # record -> line of the earlier record that owns its id
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """One finished shard: what its file in `OUT/progress` holds."""
-
-    entry: ShardEntry | None  # None: no record of it was good, there is no tar
-    rows: list[list[int]]  # per sample, the fields of COUNTS
-    rejects: list[dict[str, Any]]  # lines of rejects.jsonl
+    stage: Literal["survey", "shards"]
+    records: int  # of this stage, those kept from an earlier run included
+    total: int  # records of this stage in this job
+    bytes: int  # of shards written or kept
+    rejected: int
 
 
-def survey(settings: BuildSettings) -> Survey:
-    """Read the input once. An id belongs to the first record whose fields are good; a later one is a duplicate."""
-    parse = line_parser(settings.source_format)
-    owners: dict[str, int] = {}
-    offsets, numbers, duplicates = [], [], {}
-    for position, line in enumerate(read_lines(settings.source)):
-        offsets.append(line.offset)
-        numbers.append(line.number)
-        try:
-            record_id = parse(line).id
-        except RecordError:
-            continue  # reported when its shard is written
-        owner = owners.setdefault(record_id, line.number)
-        if owner != line.number:
-            duplicates[position] = owner
-    digest = file_sha256(settings.source)
-    return Survey(digest, np.array(offsets, np.int64), np.array(numbers, np.int64), duplicates)
+def build(
+    settings: BuildSettings,
+    tokenizer: ChatTokenizer,
+    on_progress: Callable[[Progress], None],
+    workers: int = 0,
+    max_reject_fraction: float = 1.0,
+) -> Manifest:
+    """Build everything that is not there yet, and finish the folder.
 
-
-def shard_count(settings: BuildSettings, plan: Survey) -> int:
-    """Number of shards, those that may turn out empty included."""
-    return -(-len(plan.offsets) // settings.samples_per_shard)
-
-
-def build(settings: BuildSettings, tokenizer: ChatTokenizer, on_records: Callable[[int], None]) -> Manifest:
-    """Build everything that is not there yet. `on_records(n)` is called when n more records are done.
-
-    Raises ShardError when OUT holds another build.
+    `workers`: processes; 0 does the work in this one. Nothing of the output depends on it.
+    Raises ShardError when OUT holds another build or cannot be written, as soon as more than `max_reject_fraction` of
+    the records are rejected, and when workers keep being killed; ConfigError when the input cannot be read.
     """
-    plan = survey(settings)
-    identity = build_identity(settings, plan, tokenizer)
-    claim_folder(settings.out, identity)
-    results = []
-    for number in range(shard_count(settings, plan)):
-        result = finished_shard(settings.out, number)
-        if result is None:
-            (settings.out / MANIFEST_NAME).unlink(missing_ok=True)  # not finished any more
-            result = write_shard(settings, plan, tokenizer, number, on_records)
-        else:
-            on_records(len(result.rows) + len(result.rejects))
-        results.append(result)
-    return finish(settings, plan, tokenizer, results)
+    identity, summaries = _build(settings, tokenizer, on_progress, Job(), workers, max_reject_fraction)
+    return finish(settings.out, identity, summaries)
 
 
-def build_identity(settings: BuildSettings, plan: Survey, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """What two builds must share for one to keep the other's shards (the image files are taken as unchanged)."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "input": settings.source.name,
-        "input sha256": plan.sha256,
-        "format": settings.source_format,
-        "image root": str(settings.image_root.resolve()),
-        "tokenizer": tokenizer.vocabulary.fingerprint,
-        "latent size": settings.latent_size,
-        "samples per shard": settings.samples_per_shard,
-        "max tokens": settings.max_tokens,
-        "assistant": settings.assistant,
-        "images": {
-            **dataclasses.asdict(settings.images),
-            "mean": list(settings.images.mean),
-            "std": list(settings.images.std),
-        },
-        "pillow": PIL.__version__,
-    }
+def build_job(
+    settings: BuildSettings,
+    tokenizer: ChatTokenizer,
+    on_progress: Callable[[Progress], None],
+    job: Job,
+    workers: int = 0,
+    max_reject_fraction: float = 1.0,
+) -> list[ShardSummary]:
+    """Build one job's shards. Raises what `build` raises; `max_reject_fraction` is of all records, as in `build`."""
+    return _build(settings, tokenizer, on_progress, job, workers, max_reject_fraction)[1]
 
 
-def claim_folder(out: Path, identity: dict[str, Any]) -> None:
-    """Make OUT, or accept it as the same build begun earlier. Raises ShardError naming what differs."""
-    path = out / PROGRESS / "build.json"
-    if path.is_file():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            changed = [f"{k}: {known.get(k)!r} there, {v!r} now" for k, v in identity.items() if known.get(k) != v]
-        except (ValueError, AttributeError) as error:
-            raise ShardError(f"{path}: not readable ({error}); remove {out} or give another --out") from error
-        if changed:
-            raise ShardError(f"{out} holds another build; remove it or give another --out. {'; '.join(changed)}")
-    elif (out / MANIFEST_NAME).exists():
-        raise ShardError(f"{out} holds finished shards of unknown settings; remove it or give another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(identity, indent=1) + "\n")
+def survey_only(
+    settings: BuildSettings, tokenizer: ChatTokenizer, on_progress: Callable[[Progress], None], workers: int = 0
+) -> Survey:
+    """Survey the input and keep the result in OUT, so that jobs started afterwards need not."""
+    work, _ = _begin(settings, tokenizer)
+    return _survey(work, on_progress, workers)
 
 
-def write_shard(
-    settings: BuildSettings, plan: Survey, tokenizer: ChatTokenizer, number: int, on_records: Callable[[int], None]
-) -> ShardResult:
-    """Write shard `number`: the tar under a temporary name, renamed when whole, then its progress file."""
-    first = number * settings.samples_per_shard
-    positions = range(first, min(first + settings.samples_per_shard, len(plan.offsets)))
-    rows, rejects = [], []
-    name = f"shard-{number:06d}.tar"
-    temporary = settings.out / f"{name}.tmp"
-    with temporary.open("wb") as file, settings.source.open("rb") as source:
-        # same owner, time and mode everywhere: the bytes depend on the samples alone
-        with TarWriter(file, encoder=False, mtime=0, user="ilvr_ds", group="ilvr_ds", mode=0o444) as tar:
-            for position in positions:
-                source.seek(int(plan.offsets[position]))
-                line = Line(settings.source, int(plan.numbers[position]), source.tell(), source.readline())
-                try:
-                    record = assistant_view(_parse_owner(settings, plan, position, line), settings.assistant)
-                    sample = encode_record(
-                        record,
-                        image_root=settings.image_root,
-                        tokenizer=tokenizer,
-                        latent_size=settings.latent_size,
-                        images=settings.images,
-                        max_tokens=settings.max_tokens,
-                    )
-                except RecordError as error:
-                    rejects.append(_reject(error))
-                else:
-                    start = tar.tarstream.offset
-                    tar.write({"__key__": f"{position:09d}", **sample.members})
-                    counts = {**sample.counts, "offset": start, "size": tar.tarstream.offset - start, "crc32": 0}
-                    rows.append([int(counts[key]) for key in COUNTS])
-                on_records(1)
-        file.flush()
-        os.fsync(file.fileno())
-    offset, size, crc32 = map(COUNTS.index, ("offset", "size", "crc32"))
-    for row, checksum in zip(rows, run_checksums(temporary, [(r[offset], r[size]) for r in rows]), strict=True):
-        row[crc32] = checksum
-    entry = None
-    if rows:
-        entry = ShardEntry(name, temporary.stat().st_size, file_sha256(temporary), len(rows))
-        os.replace(temporary, settings.out / name)
-    else:
-        temporary.unlink()
-        (settings.out / name).unlink(missing_ok=True)
-    result = ShardResult(entry, rows, rejects)
-    write_text(settings.out / PROGRESS / f"shard-{number:06d}.json", json.dumps(dataclasses.asdict(result)) + "\n")
-    return result
-
-
-def finished_shard(out: Path, number: int) -> ShardResult | None:
-    """The shard as an earlier run left it; None if it is not there, or its bytes are not what was written."""
-    try:
-        tree = json.loads((out / PROGRESS / f"shard-{number:06d}.json").read_text(encoding="utf-8"))
-        entry = None if tree["entry"] is None else ShardEntry(**tree["entry"])
-        result = ShardResult(entry, tree["rows"], tree["rejects"])
-        if entry is not None and file_sha256(out / entry.name) != entry.sha256:
-            return None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return result
-
-
-def finish(settings: BuildSettings, plan: Survey, tokenizer: ChatTokenizer, results: list[ShardResult]) -> Manifest:
-    """Write rejects.jsonl, index.npy and, last, manifest.json. Raises ConfigError if records were lost."""
-    entries = [result.entry for result in results if result.entry is not None]
-    rows = [row for result in results for row in result.rows]
-    shard_of_row = np.repeat(np.arange(len(entries)), [entry.samples for entry in entries])
-    index = np.zeros(len(rows), dtype=INDEX_DTYPE)
-    index["shard"] = shard_of_row
-    for column, name in enumerate(COUNTS):
-        index[name] = [row[column] for row in rows]
-    rejects = [reject for result in results for reject in result.rejects]
-    if len(rows) + len(rejects) != len(plan.offsets):
-        raise ShardError(
-            f"{settings.out}: {len(rows)} built and {len(rejects)} rejected of {len(plan.offsets)} records: "
-            f"did {settings.source} change during the build? Remove {settings.out} and build again"
-        )
-    lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects]
-    write_text(settings.out / REJECTS_NAME, "".join(lines))
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        latent_size=settings.latent_size,
-        tokenizer_fingerprint=tokenizer.vocabulary.fingerprint,
-        images=settings.images,
-        shards=tuple(entries),
-        index_sha256=write_index(settings.out, index),
-        built=len(rows),
-        rejected=len(rejects),
-        reject_reasons=dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
-        source=settings.source.name,
-        source_sha256=plan.sha256,
-        source_format=settings.source_format,
-        assistant=settings.assistant,
+def check_reject_fraction(reasons: Counter[str], records: int, allowed: float, examples: dict[str, str]) -> None:
+    """Raise ShardError when more than the `allowed` share of `records` is rejected. `examples`: reason to message."""
+    if reasons.total() <= allowed * records:
+        return
+    lines = [
+        f"\n  {reason}: {count}" + (f", such as {examples[reason]}" if reason in examples else "")
+        for reason, count in sorted(reasons.items())
+    ]
+    raise ShardError(
+        f"{reasons.total()} of {records} records are rejected ({reasons.total() / records:.2%}), "
+        f"--max-reject-fraction is {allowed:.2%}; finished shards are kept:{''.join(lines)}"
     )
-    write_text(settings.out / MANIFEST_NAME, manifest.to_json())
-    return manifest
 
 
-def _parse_owner(settings: BuildSettings, plan: Survey, position: int, line: Line) -> Record:
-    record = line_parser(settings.source_format)(line)
-    if position in plan.duplicates:
-        message = f"line {plan.duplicates[position]} already has this id; ids must differ"
-        raise RecordError("duplicate_id", message, origin=line.origin, record_id=record.id, field="id")
-    return record
+def _begin(settings: BuildSettings, tokenizer: ChatTokenizer) -> tuple[Work, dict[str, Any]]:
+    prepare_folder(settings.out)
+    source = open_source(settings.source, settings.source_format, settings.out / PROGRESS)
+    identity = build_identity(settings, source.sha256, len(source), tokenizer)
+    claim_folder(settings.out, identity)
+    return Work(settings, source, tokenizer), identity
 
 
-def _reject(error: RecordError) -> dict[str, Any]:
-    return {
-        "origin": error.origin,
-        "id": error.record_id,
-        "field": error.field,
-        "reason": error.reason,
-        "message": error.message,
-    }
+def _build(
+    settings: BuildSettings,
+    tokenizer: ChatTokenizer,
+    on_progress: Callable[[Progress], None],
+    job: Job,
+    workers: int,
+    max_reject_fraction: float,
+) -> tuple[dict[str, Any], list[ShardSummary]]:
+    before = settings.source.stat()
+    work, identity = _begin(settings, tokenizer)
+    total = len(work.source)
+    numbers = job.shards(shard_count(total, settings.samples_per_shard))
+    remove_temporaries(settings.out, None if job.count == 1 else numbers)
+    survey = _survey(work, on_progress, workers)
+    known = Counter({"duplicate_id": len(survey.duplicates), "records that do not follow the format": survey.bad})
+    check_reject_fraction(known, total, max_reject_fraction, {})
+    tally = _Tally(on_progress, total, sum(len(_places(settings, total, n)) for n in numbers), max_reject_fraction)
+    try:
+        with _pool(work, workers, tally.tick) as pool:
+            for task, summary in pool.run(_shard_tasks(settings, survey, total, numbers)):
+                tally.finished(task, summary, pool)
+    finally:
+        remove_temporaries(settings.out, numbers)  # of workers that were stopped
+    after = settings.source.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ShardError(f"{settings.source} changed during the build; remove {settings.out} and build again")
+    return identity, tally.summaries
+
+
+def _survey(work: Work, on_progress: Callable[[Progress], None], workers: int) -> Survey:
+    """The survey kept in OUT, or a new one."""
+    out, source = work.settings.out, work.source
+    survey = load_survey(out, source.sha256)
+    if survey is not None:
+        return survey
+    total = len(source)
+    hashes = out / PROGRESS / f"{SURVEY}.{uuid.uuid4().hex[:12]}{TEMPORARY}"
+    done = 0
+
+    def tick(pool: InProcess | WorkerPool) -> None:
+        on_progress(Progress("survey", done + pool.live()[0], total, 0, 0))
+
+    tasks = (Task(start, min(start + SURVEY_RANGE, total)) for start in range(0, total, SURVEY_RANGE))
+    try:
+        with hashes.open("xb") as file, _pool(work, workers, tick) as pool:
+            for task, ids in pool.run(tasks):
+                file.seek(task.start * ID_HASH.itemsize)
+                file.write(ids)
+                done += task.stop - task.start
+                tick(pool)
+        survey = find_duplicates(hashes, total)
+    except OSError as error:
+        raise cannot_write(hashes, error) from error
+    finally:
+        hashes.unlink(missing_ok=True)
+    save_survey(out, source.sha256, survey)
+    return survey
+
+
+def _pool(work: Work, workers: int, tick: Callable[[Any], None]) -> InProcess | WorkerPool:
+    return InProcess(work, tick) if workers == 0 else WorkerPool(work, workers, tick)
+
+
+def _places(settings: BuildSettings, total: int, number: int) -> range:
+    """The places in the input of the records of a shard."""
+    start = number * settings.samples_per_shard
+    return range(start, min(start + settings.samples_per_shard, total))
+
+
+def _shard_tasks(settings: BuildSettings, survey: Survey, total: int, numbers: range) -> Iterator[Task]:
+    for number in numbers:
+        places = _places(settings, total, number)
+        yield Task(places.start, places.stop, number, survey.duplicates_within(places.start, places.stop))
+
+
+class _Tally:
+    """What is done, what is under way, and whether too much was rejected."""
+
+    def __init__(self, on_progress: Callable[[Progress], None], records: int, of_job: int, allowed: float):
+        self.summaries: list[ShardSummary] = []
+        self._on_progress, self._records, self._of_job, self._allowed = on_progress, records, of_job, allowed
+        self._done = self._bytes = 0
+        self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+
+    def finished(self, task: Task, summary: ShardSummary, pool: InProcess | WorkerPool) -> None:
+        """One shard more."""
+        self.summaries.append(summary)
+        self._done += task.stop - task.start
+        self._bytes += 0 if summary.entry is None else summary.entry.bytes
+        self._reasons += summary.reasons
+        self.tick(pool)
+
+    def tick(self, pool: InProcess | WorkerPool) -> None:
+        """Report; raises ShardError as soon as the rejects are too many, whatever the records to come are like."""
+        records, written, rejects = pool.live()
+        for reason, message in rejects:
+            self._examples.setdefault(reason, message)
+        reasons = self._reasons + Counter(reason for reason, _ in rejects)
+        progress = Progress("shards", self._done + records, self._of_job, self._bytes + written, reasons.total())
+        self._on_progress(progress)
+        check_reject_fraction(reasons, self._records, self._allowed, self._examples)
