@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import tarfile
 import zlib
 
@@ -30,7 +31,7 @@ def lie(folder, tokenizer_folder, capsys):
     def call(with_tokenizer=True) -> str:
         capsys.readouterr()
         options = ["--tokenizer", str(tokenizer_folder)] if with_tokenizer else []
-        assert main([str(folder), *options]) == 1
+        assert main([str(folder), "--workers", "1", *options]) == 1
         captured = capsys.readouterr()
         assert captured.out == ""
         return captured.err[captured.err.index("error: ") :]
@@ -52,6 +53,14 @@ def change_index(folder, row, **changes):
 
 def change_member(folder, member, content):
     """Put other bytes into a member of the second shard and make index and manifest fit: only the content lies."""
+    first, second, end = change_member_only(folder, member, content)
+    blob = (folder / "shard-000001.tar").read_bytes()
+    change_index(folder, 2, offset=first, size=second - first, crc32=zlib.crc32(blob[first:second]))
+    change_index(folder, 3, offset=second, size=end - second, crc32=zlib.crc32(blob[second:end]))
+
+
+def change_member_only(folder, member, content) -> tuple[int, int, int]:
+    """Put other bytes into a member of the second shard and fit the manifest; returns where its samples lie."""
     path = folder / "shard-000001.tar"
     with tarfile.open(path) as tar:
         members = {info.name: tar.extractfile(info).read() for info in tar}
@@ -71,10 +80,7 @@ def change_member(folder, member, content):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     tree["shards"][1].update(bytes=path.stat().st_size, sha256=digest)
     change_manifest(folder, shards=tree["shards"])
-    first, second = sorted(starts.values())
-    whole = buffer.getvalue()
-    for row, begin, stop in ((2, first, second), (3, second, end)):
-        change_index(folder, row, offset=begin, size=stop - begin, crc32=zlib.crc32(whole[begin:stop]))
+    return *sorted(starts.values()), end
 
 
 def edit_json(**changes):
@@ -88,7 +94,7 @@ def png(width, height):
 
 
 def test_clean(folder, tokenizer_folder, capsys):
-    assert main([str(folder)]) == 0
+    assert main([str(folder), "--workers", "1"]) == 0
     assert "clean. 5 samples, 10 images, 3 shards, tokens not counted" in capsys.readouterr().out
     assert main([str(folder), "--tokenizer", str(tokenizer_folder)]) == 0
     assert "tokens counted again" in capsys.readouterr().out
@@ -178,3 +184,82 @@ def test_bounds_rejects_and_tokenizer(folder, lie, spec, tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec(("assistant",))))
     assert main([str(folder), "--tokenizer", str(tmp_path)]) == 1
     assert "manifest.json: field 'tokenizer_fingerprint'" in capsys.readouterr().err
+
+
+def problems(folder, tokenizer_folder, capsys, workers) -> list[str]:
+    capsys.readouterr()
+    options = ["--tokenizer", str(tokenizer_folder), "--workers", str(workers)]
+    assert main([str(folder), *options]) == 1
+    return re.findall(r"^error: (.*)$", capsys.readouterr().err, re.M)
+
+
+def test_every_problem_is_listed_whatever_the_workers(folder, tokenizer_folder, capsys):
+    change_member(folder, "000000002.in0.png", lambda data: png(56, 56))
+    change_member(folder, "000000003.json", edit_json(id="r0"))  # r0 lies in another shard
+    change_index(folder, 0, spans=9)
+    change_index(folder, 3, supervised=7)
+    (folder / "shard-000009.tar").write_bytes(b"")
+    (folder / "shard-000002.tar").unlink()
+    (folder / "rejects.jsonl").unlink()
+    found = problems(folder, tokenizer_folder, capsys, 1)
+    expected = [
+        "shard-000009.tar: the shard is not in manifest.json",
+        "key 000000000: field 'spans': found 1",
+        "key 000000002: in0.png: field 'grids'",
+        "key 000000003: field 'supervised'",
+        "shard-000002.tar: the shard is missing",
+        "key 000000003: field 'id': 'r0' is also the id of",
+        "index.npy: 5 rows, the tars hold 4 samples",
+        "rejects.jsonl: cannot be read",
+    ]
+    assert [text for text in expected if not any(text in problem for problem in found)] == []
+    assert len(found) == len(expected)
+    assert problems(folder, tokenizer_folder, capsys, 3) == found  # same lines, same order
+
+
+def test_workers_find_a_clean_folder_clean(folder, tokenizer_folder, capsys):
+    assert main([str(folder), "--tokenizer", str(tokenizer_folder), "--workers", "2"]) == 0
+    assert "clean. 5 samples, 10 images, 3 shards" in capsys.readouterr().out
+
+
+def test_a_flipped_bit_is_also_found_in_its_sample(folder, tokenizer_folder, capsys):
+    path = folder / "shard-000001.tar"
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        content[tar.getmember("000000003.json").offset_data] ^= 1
+    path.write_bytes(content)
+    found = problems(folder, tokenizer_folder, capsys, 1)
+    assert any("field 'sha256'" in problem for problem in found)
+    assert any("key 000000003: field 'crc32'" in problem for problem in found)
+    assert not any("key 000000002" in problem for problem in found)
+
+
+def test_a_sample_lost_from_a_shard_is_one_problem_not_many(folder, tokenizer_folder, capsys):
+    """Rows are matched to samples by their offset where the numbers differ."""
+    index = np.array(np.load(folder / "index.npy"))
+    tree = json.loads((folder / "manifest.json").read_text())
+    tree["shards"][0]["samples"], tree["shards"][1]["samples"] = 2, 3
+    extra = np.insert(index, 3, index[2])  # a row between the two samples of the second shard
+    extra[3]["offset"] = 512
+    change_manifest(folder, shards=tree["shards"], built=6, index_sha256=write_index(folder, extra))
+    found = problems(folder, tokenizer_folder, capsys, 1)
+    assert any("index.npy has a sample at byte 512, the tar has none there" in problem for problem in found)
+    assert not any("field 'offset'" in problem or "field 'size'" in problem for problem in found)
+
+
+def test_tars_are_checked_without_an_index(folder, tokenizer_folder, capsys):
+    (folder / "index.npy").write_bytes(b"nothing")
+    change_member_only(folder, "000000002.in0.png", lambda data: data[:200])
+    found = problems(folder, tokenizer_folder, capsys, 1)
+    assert any("index.npy" in problem for problem in found)
+    assert any("000000002: in0.png: the image cannot be decoded" in problem for problem in found)
+
+
+def test_an_index_of_other_bytes(folder, tokenizer_folder, capsys):
+    change_manifest(folder, index_sha256="0" * 64)
+    assert any("index.npy: sha256 is" in problem for problem in problems(folder, tokenizer_folder, capsys, 1))
+
+
+def test_no_worker_is_refused(folder):
+    with pytest.raises(SystemExit):
+        main([str(folder), "--workers", "0"])
