@@ -8,8 +8,11 @@ doubling in time are left to the device (`ilvr_ds.model`); `normalise_patches_nu
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import math
+import stat
 import struct
 import warnings
 import zlib
@@ -19,6 +22,8 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE as TIFF_BITS_PER_SAMPLE
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ilvr_ds.errors import IlvrError
 
@@ -31,18 +36,28 @@ MIN_PIXELS = 56 * 56
 MAX_PIXELS = 28 * 28 * 16384
 MAX_ASPECT_RATIO = 200
 LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
+MAX_FILE_BYTES = 1 << 30  # no image under Pillow's pixel limit needs more
+
+# Kinds of files that are opened: those with a signature, decoded inside Pillow. Left out on purpose are kinds that
+# start another program (EPS: Ghostscript) and kinds without a signature (TGA), as which damaged files would pass.
+# JPEG includes MPO. What an older Pillow lacks (AVIF) is an image that cannot be identified.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PSD", "PPM")
 
 # What Pillow's decoders raise on damaged bytes (each seen on real damaged files or in the decoders' sources).
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+                  AttributeError, ZeroDivisionError, AssertionError, RuntimeError, MemoryError,
                   struct.error, zlib.error)  # fmt: skip
+
+# Pillow reports damaged files in its log too; whoever wants these lines adds a handler.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 Grid = tuple[int, int, int]
 
 
 class ImageError(IlvrError):
     """An image file cannot be used. `reason` is the machine-readable word for `rejects.jsonl`:
-    missing_image, unreadable_image, zero_size_image, git_lfs_pointer, undecodable_image, truncated_image,
-    decompression_bomb, unsupported_pixels, extreme_aspect_ratio."""
+    missing_image, ambiguous_image, unreadable_image, zero_size_image, git_lfs_pointer, undecodable_image,
+    truncated_image, decompression_bomb, unsupported_pixels, extreme_aspect_ratio."""
 
     def __init__(self, reason: str, message: str):
         self.reason = reason
@@ -62,6 +77,10 @@ class ImageSettings:
     resample: str = "bicubic"
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
+    # storage (`image_codec`): JPEG of this quality where a PNG is larger by this factor; null: PNG always
+    jpeg_quality: int | None = 97
+    jpeg_saving: float = 1.5
+    jpeg_max_error: float = 1.0  # and only if its pixels are off by at most this, mean of 0..255
 
     def bounds(self, role: Literal["input", "helper"]) -> tuple[int, int]:
         """(min_pixels, max_pixels) of input or helper images."""
@@ -73,11 +92,11 @@ class ImageSettings:
 def read_image(source: bytes | Path) -> Image.Image:
     """Decode an image file: upright, RGB, 8 bits.
 
-    EXIF orientation is applied. Transparency is composited on white. 16-bit grey is scaled to 8 bits (Pillow's
-    own conversion would clip it to white). Of an animation the first frame is taken.
+    EXIF orientation is applied. Transparency is composited on white. Grey of 9 to 16 bits is scaled to 8 (Pillow's
+    own conversion would clip it to white). Of an animation the first frame is taken. docs/images.md lists the rest.
     Raises ImageError (its docstring lists the reasons).
     """
-    content = source if isinstance(source, bytes) else _read_bytes(source)
+    content = source if isinstance(source, bytes) else read_image_bytes(source)
     if not content:
         raise ImageError("zero_size_image", "the image file is empty (0 bytes); fetch or export it again")
     if content.startswith(LFS_PREFIX):
@@ -86,10 +105,11 @@ def read_image(source: bytes | Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=_formats()) as image:
                 if min(image.size) < 1:
                     raise ImageError("zero_size_image", f"the image is {image.size[0]}x{image.size[1]} pixels")
                 image.load()
+                bits = _grey_bits(image)
                 upright = ImageOps.exif_transpose(image)  # a copy
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError("decompression_bomb", f"{error}; scale the image down") from error
@@ -98,7 +118,7 @@ def read_image(source: bytes | Path) -> Image.Image:
     except _DECODE_ERRORS as error:
         reason = "truncated_image" if "truncated" in str(error).lower() else "undecodable_image"
         raise ImageError(reason, f"the image cannot be decoded ({type(error).__name__}: {error})") from error
-    return _to_rgb(upright)
+    return _to_rgb(upright, bits)
 
 
 def smart_resize(
@@ -178,19 +198,39 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_image_bytes(path: Path) -> bytes:
+    """The bytes of an image file. Raises ImageError missing_image, unreadable_image."""
     try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a folder; a pipe or a device would never end
+            raise ImageError("unreadable_image", f"{str(path)!r} is not a file")
+        if facts.st_size > MAX_FILE_BYTES:
+            raise ImageError("unreadable_image", f"{path} has {facts.st_size} bytes, at most {MAX_FILE_BYTES} are read")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ImageError("missing_image", f"no such image: {path}; check the image root") from None
-    except (OSError, ValueError) as error:  # a folder, no permission, a name with a NUL or too long
+    except (OSError, ValueError) as error:  # no permission, a name with a NUL or too long
         raise ImageError("unreadable_image", f"cannot read image {str(path)!r}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that the installed Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _grey_bits(image: Image.Image) -> int:
+    """Bits of a 16-bit grey image that are used: TIFF may hold 12."""
+    if isinstance(image, TiffImageFile) and image.mode.startswith("I;16"):
+        stored = image.tag_v2.get(TIFF_BITS_PER_SAMPLE, (16,))
+        return min(16, max(stored)) if min(stored) > 8 else 16
+    return 16
+
+
+def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
     if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        return _grey_to_rgb(image, bits)
     if image.mode in ("I", "F"):
         raise ImageError(
             "unsupported_pixels", f"pixels of mode {image.mode!r} have no fixed range; save it with 8 bits"
@@ -201,7 +241,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, image).convert("RGB")
     try:
         rgb = image.convert("RGB")
-    except ValueError as error:  # Lab
+    except ValueError as error:  # Lab, with older Pillow
         raise ImageError("unsupported_pixels", f"mode {image.mode!r} cannot become RGB: {error}") from error
     # a copy without metadata (EXIF, ICC, text chunks), so that the PNG written later holds pixels only
     return Image.frombytes("RGB", rgb.size, rgb.tobytes())
+
+
+def _grey_to_rgb(image: Image.Image, bits: int) -> Image.Image:
+    """Grey of `bits` bits, rounded to 8; the value that PNG declares transparent is white."""
+    values = np.asarray(image).astype(np.uint32)
+    full = 2**bits - 1
+    grey = np.minimum((values * 255 + full // 2) // full, 255).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey).convert("RGB")

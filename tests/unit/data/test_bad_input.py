@@ -162,7 +162,7 @@ def test_index_that_does_not_match_its_tar(
     """The index of one build beside the tar of another."""
     folder = build(good_record("middle"))
     source = write_records(
-        [good_record("x", image_input=["a.png"] * 2), good_record("y"), good_record("z")], "other.jsonl"
+        [good_record("x", image_input=["a.png", "c.png"]), good_record("y"), good_record("z")], "other.jsonl"
     )
     other = tmp_path / "other"
     assert build_main(["--input", str(source), "--tokenizer", str(tokenizer_folder), "--out", str(other)]) == 0
