@@ -26,6 +26,7 @@ setup(
         "flash": ["flash-attn>=2.8"],  # needs CUDA and a compiler; without it torch's own kernels are used
         "puzzles": ["gymnasium>=0.29,<1.3"],  # the FrozenLake sprites; 1.4 replaced them
         "formats": ["pyarrow>=17", "zstandard>=0.22"],  # records in parquet files and .zst
+        "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6"],  # shards behind http(s):// and s3:// URLs
         "report": ["matplotlib>=3.8", "tensorboard>=2.16"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6"],
     },

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from ilvr_ds.data.build import PROGRESS
 from ilvr_ds.data.images import merged_tokens
 from ilvr_ds.data.index import MANIFEST_NAME, write_index, write_text
-from ilvr_ds.data.shards import ShardSet, count_tokens
+from ilvr_ds.data.sample_format import count_tokens
+from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import IlvrError
 

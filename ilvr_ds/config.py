@@ -48,6 +48,9 @@ class DataConfig:
     token_budget: int = 8192  # tokens per rank and micro-batch, at most
     workers: int = 1  # decoding processes per rank; 0 decodes in the training process
     prefetch_steps: int = 2  # steps decoded ahead
+    max_bad_samples: int = 0  # samples of a run that may turn out unreadable and be left out; 0: the first ends the run
+    cache_dir: str | None = None  # for shards behind a URL: folder on a local disk for their index and samples
+    cache_gib: float = 20.0  # of samples in cache_dir, at most, whatever the number of processes
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,8 @@ def _check_ranges(r: Recipe) -> None:
         ("data.samples_per_step", r.data.samples_per_step, r.data.samples_per_step >= 1, "1 or more"),
         ("data.token_budget", r.data.token_budget, r.data.token_budget >= 1, "1 or more"),
         ("data.workers", r.data.workers, r.data.workers >= 0, "0 or more"),
+        ("data.max_bad_samples", r.data.max_bad_samples, r.data.max_bad_samples >= 0, "0 or more"),
+        ("data.cache_gib", r.data.cache_gib, r.data.cache_gib > 0, "above 0"),
         ("data.prefetch_steps", r.data.prefetch_steps, r.data.prefetch_steps >= 1, "1 or more"),
         ("latent.size", r.latent.size, r.latent.size >= 1, "1 or more"),
         ("latent.noise_std", r.latent.noise_std, r.latent.noise_std >= 0, "0 or more"),

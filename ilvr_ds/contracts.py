@@ -67,6 +67,7 @@ class Sample:
     num_input_images: int
     patches: np.ndarray  # (P, 588) uint8 [channel, row, column of a 14x14 patch], in merge-block order,
     #                      or (P, 1176) float32 already normalised and doubled in time
+    helpers_decoded: bool = True  # False: grids and patches are of the input images only
 
 
 # ------------------------------------------------------------------------------------ packed batch
@@ -89,7 +90,8 @@ class PackedBatch:
     sample_of_token: Tensor  # (T,) int64 in [0, B)
     # images: input images of all samples in order, then helper images of all samples in order
     patches: Tensor  # (P, 588) uint8 or (P, 1176) float32, as in Sample
-    grids: tuple[tuple[int, int, int], ...]  # n_input + S grids (t, h, w), in patches
+    grids: tuple[tuple[int, int, int], ...]  # n_input + S grids (t, h, w), in patches; n_input where helper images
+    #                                          were not decoded (nobody looks at them when latents are the student's)
     num_input_images: int
     image_positions: Tensor  # (N_image_tokens,) int64: where merged input features go, in feature order
     # latent spans, in token order

@@ -32,6 +32,11 @@ class ShardError(IlvrError):
     """A shard, its index or its manifest is damaged, or they do not belong together."""
 
 
+class ReadError(IlvrError):
+    """Shards or the cache of remote ones cannot be reached: a disk, a permission, a server. Says nothing of their
+    content, so it never counts as a bad sample."""
+
+
 class PlanError(IlvrError):
     """The epoch cannot be planned: a sample over the token budget, an empty index, ..."""
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Creates .venv in the repository root and installs the project with the pinned versions.
 # Idempotent: does nothing when constraints.txt and setup.py have not changed since the last time.
-# Usage: source launch/setup_env.sh EXTRAS     e.g. EXTRAS=puzzles,formats,report,dev
+# Usage: source launch/setup_env.sh EXTRAS     e.g. EXTRAS=puzzles,formats,report,remote,dev
 # ILVR_PIP_ARGS adds arguments to every pip call (an index of your own, --no-cache-dir, ...).
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-EXTRAS="${1:-puzzles,formats,report,dev}"
+EXTRAS="${1:-puzzles,formats,report,remote,dev}"
 cd "$ROOT"
 
 find_python() {

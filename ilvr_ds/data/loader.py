@@ -13,7 +13,6 @@ the order and the content do not depend on how many workers there are. Steps dec
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import multiprocessing
 import os
@@ -21,25 +20,25 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ilvr_ds.config import DataConfig
 from ilvr_ds.contracts import PackedBatch
-from ilvr_ds.data.packing import filler_batch, pack
+from ilvr_ds.data.bad_samples import BadSample
+from ilvr_ds.data.bundle import Bundle, Failure
+from ilvr_ds.data.packing import check_sample, filler_batch, pack
 from ilvr_ds.data.plan import CostModel, Lengths, Planner, StepPlan
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
-from ilvr_ds.errors import IlvrError
+from ilvr_ds.errors import BatchError, IlvrError, ShardError
 
 # Spawned, not forked: by now the process may hold CUDA, process groups and threads, none of which survive a
 # fork. Not "forkserver" either: its workers are children of the server, so they do not notice when the
 # training process is killed, and stay behind.
 START_METHOD = "spawn"
-_ALIGN = 16  # bytes
 # A terminal's Ctrl-C and a scheduler's warning reach every process of the job. Stopping in good order is the
 # trainer's business: a worker that died of the signal would turn it into a crash. Workers end with the trainer.
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -56,11 +55,15 @@ class StepLoader:
     Attributes:
         planner: plans any step; `planner.steps_per_epoch` is exact.
         last_wait_s: seconds the last step made its caller wait.
+        last_bad: where `data.max_bad_samples` is above 0: samples of this rank's bins of the last step that could not
+            be read and are in none of its batches. The batches' weights are still the plan's: the caller adds up what
+            all ranks lost and corrects them (`ilvr_ds.data.bad_samples.reweighted`).
 
     Raises:
         PlanError: on creation, if a sample is longer than `data.token_budget` or the index is empty.
         ShardError: on creation, if the shards were counted with another tokenizer or latent size.
-        IlvrError: while iterating, whatever decoding a sample raises (it names the sample), also from a worker.
+        IlvrError: while iterating, whatever decoding a sample raises (it names the sample), also from a worker; with
+            `data.max_bad_samples` above 0 only what is not the sample's fault, as ReadError.
     """
 
     def __init__(
@@ -78,8 +81,12 @@ class StepLoader:
         total_steps: int,
         cost: CostModel | None = None,
         pin_memory: bool = False,
+        decode_helpers: bool = True,
     ):
-        """`pin_memory`: page-locked batches, for asynchronous copies to a CUDA device."""
+        """Args:
+        pin_memory: page-locked batches, for asynchronous copies to a CUDA device.
+        decode_helpers: False leaves helper images out of the batches, for an objective that looks at none.
+        """
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
         shards.require(tokenizer, latent_size)
@@ -93,7 +100,9 @@ class StepLoader:
             sample_id=shards.sample_id,
         )
         self.last_wait_s = 0.0
-        steps = _Steps(self.planner, shards, tokenizer, rank, latent_size, reduction)
+        self.last_bad: tuple[BadSample, ...] = ()
+        keep_going = data.max_bad_samples > 0
+        steps = _Steps(self.planner, shards, tokenizer, rank, latent_size, reduction, decode_helpers, keep_going)
         ahead = -(-data.prefetch_steps // data.workers) if data.workers else None  # torch counts per worker
         self._loader = DataLoader(
             steps,
@@ -105,7 +114,7 @@ class StepLoader:
             worker_init_fn=functools.partial(_start_worker, os.getpid()),
             pin_memory=pin_memory,
         )
-        self._iterator: Iterator[_Bundle | _Failure] | None = None
+        self._iterator: Iterator[Bundle | Failure] | None = None
         self._started = False
 
     def __iter__(self) -> Iterator[LoadedStep]:
@@ -124,8 +133,9 @@ class StepLoader:
                 self.last_wait_s = time.perf_counter() - begin
                 if item is None:
                     return
-                if isinstance(item, _Failure):
+                if isinstance(item, Failure):
                     raise item.rebuild()
+                self.last_bad = item.bad
                 yield item.plan.step, item.plan, item.batches()
         finally:
             del iterator
@@ -153,22 +163,41 @@ class _Steps(Dataset):
         rank: int,
         latent_size: int,
         reduction: Literal["sample", "token"],
+        decode_helpers: bool,
+        keep_going: bool,
     ):
         self.planner, self.shards, self.tokenizer = planner, shards, tokenizer
         self.rank, self.latent_size, self.reduction = rank, latent_size, reduction
+        self.decode_helpers, self.keep_going = decode_helpers, keep_going
 
-    def __getitem__(self, step: int) -> _Bundle | _Failure:
+    def __getitem__(self, step: int) -> Bundle | Failure:
         try:
             plan = self.planner.step(step)
-            return _Bundle.of(plan, [self._batch(numbers, plan) for numbers in plan.of_rank(self.rank)])
+            bins = plan.of_rank(self.rank)
+            numbers = [number for own in bins for number in own]
+            blobs = dict(zip(numbers, self.shards.read_bytes(numbers), strict=True))  # neighbours in one read
+            bad: list[BadSample] = []
+            batches = [self._batch({number: blobs.pop(number) for number in own}, plan, bad) for own in bins]
+            return Bundle.of(plan, batches, tuple(bad))
         except IlvrError as error:
             # DataLoader would rebuild the exception from its message alone, which not every class allows.
-            return _Failure.of(error)
+            return Failure.of(error)
 
-    def _batch(self, numbers: tuple[int, ...], plan: StepPlan) -> PackedBatch:
-        if not numbers:
+    def _batch(self, blobs: dict[int, bytes], plan: StepPlan, bad: list[BadSample]) -> PackedBatch:
+        """Pack the samples of one bin, number -> bytes; with `keep_going`, bad ones go into `bad`."""
+        samples = []
+        for number, blob in blobs.items():
+            try:
+                sample = self.shards.load_sample(number, self.tokenizer, blob=blob, decode_helpers=self.decode_helpers)
+                if self.keep_going:
+                    check_sample(sample, self.tokenizer.vocabulary, self.latent_size)
+                samples.append(sample)
+            except (BatchError, ShardError) as error:
+                if not self.keep_going:
+                    raise
+                bad.append(BadSample.of(number, str(error), self.shards.index[number]))
+        if not samples:
             return filler_batch(self.tokenizer.vocabulary, self.latent_size)
-        samples = [self.shards.load_sample(number, self.tokenizer) for number in numbers]
         return pack(samples, self.tokenizer.vocabulary, self.latent_size, totals=plan.totals, reduction=self.reduction)
 
 
@@ -196,76 +225,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error on its way out of a worker."""
-
-    kind: type[IlvrError]
-    message: str
-    fields: dict[str, Any]
-
-    @classmethod
-    def of(cls, error: IlvrError) -> _Failure:
-        return cls(type(error), str(error), dict(vars(error)))
-
-    def rebuild(self) -> IlvrError:
-        error = self.kind.__new__(self.kind, self.message)  # __new__ alone sets `args`: the classes differ in __init__
-        vars(error).update(self.fields)
-        return error
-
-
-@dataclass(frozen=True)
-class _Bundle:
-    """One step's batches with all their tensors in one buffer.
-
-    A tensor that leaves a worker costs a shared-memory file and an open file descriptor; a step has a hundred.
-    """
-
-    plan: StepPlan
-    buffer: torch.Tensor  # (bytes,) uint8
-    layout: list[dict[str, Any]]  # per batch: field -> (begin, end, dtype, shape) for tensors, else the value
-
-    @classmethod
-    def of(cls, plan: StepPlan, batches: list[PackedBatch]) -> _Bundle:
-        layout, tensors, size = [], [], 0
-        for batch in batches:
-            fields: dict[str, Any] = {}
-            for f in dataclasses.fields(batch):
-                value = getattr(batch, f.name)
-                if isinstance(value, torch.Tensor):
-                    place = _Place(size, size + value.nbytes, value.dtype, tuple(value.shape))
-                    tensors.append((place, value))
-                    fields[f.name] = place
-                    size += -(-value.nbytes // _ALIGN) * _ALIGN
-                else:
-                    fields[f.name] = value
-            layout.append(fields)
-        buffer = torch.zeros(size, dtype=torch.uint8)
-        for place, value in tensors:
-            place.view(buffer).copy_(value)
-        return cls(plan, buffer, layout)
-
-    def pin_memory(self, device: object = None) -> _Bundle:  # DataLoader calls this where pin_memory=True
-        return dataclasses.replace(self, buffer=self.buffer.pin_memory())
-
-    def batches(self) -> list[PackedBatch]:
-        """The batches, their tensors views of the buffer."""
-        return [
-            PackedBatch(**{k: v.view(self.buffer) if isinstance(v, _Place) else v for k, v in fields.items()})
-            for fields in self.layout
-        ]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in the buffer."""
-
-    begin: int
-    end: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[self.begin : self.end].view(self.dtype).view(self.shape)

@@ -79,6 +79,8 @@ def pack(
         raise ValueError("pack() needs at least one sample; an empty bin is filler_batch()")
     layouts = [_layout(sample, vocabulary, latent_size) for sample in samples]
     widths = {(sample.patches.shape[1], sample.patches.dtype.name) for sample in samples}
+    if len({sample.helpers_decoded for sample in samples}) > 1:
+        raise BatchError(f"samples {[s.id for s in samples]}: helper images decoded for some of them only")
     if len(widths) > 1:
         raise BatchError(
             f"samples {[s.id for s in samples]}: patches of different kinds in one batch: {sorted(widths)}"
@@ -124,6 +126,11 @@ def pack(
         ce_weights=torch.from_numpy(ce_weights),
         align_weights=torch.from_numpy(align_weights),
     )
+
+
+def check_sample(sample: Sample, vocabulary: Vocabulary, latent_size: int) -> None:
+    """Raise the BatchError that `pack` would raise for this sample."""
+    _layout(sample, vocabulary, latent_size)
 
 
 def filler_batch(vocabulary: Vocabulary, latent_size: int) -> PackedBatch:
@@ -203,8 +210,8 @@ def _layout(sample: Sample, v: Vocabulary, latent_size: int) -> _Layout:
     require(len(turns) > 0, "no assistant turn (no <|im_start|> followed by 'assistant')")
     turn = int(turns[0])
     starts = np.flatnonzero(ids == v.latent_start) + 1  # (S,) first pad of each span
-    helpers = len(sample.grids) - sample.num_input_images
-    require(len(starts) == helpers, f"{len(starts)} latent spans for {helpers} helper images")
+    spans, helpers = len(starts), len(sample.grids) - sample.num_input_images
+    require(helpers == (spans if sample.helpers_decoded else 0), f"{spans} latent spans for {helpers} helper images")
     _check_spans(ids, starts, turn, v, latent_size, require)
 
     require(bool((labels[: turn + 2] == IGNORE_INDEX).all()), "a label in the prompt is not ignored")
@@ -215,7 +222,7 @@ def _layout(sample: Sample, v: Vocabulary, latent_size: int) -> _Layout:
     require(len(supervised) > 0, "no supervised token")
 
     ordinary = ~np.isin(ids, special_ids(v))  # (L,)
-    begins = np.concatenate([[turn], starts[:-1] + latent_size + 1]) if helpers else starts
+    begins = np.concatenate([[turn], starts[:-1] + latent_size + 1]) if spans else starts
     local = [begin + np.flatnonzero(ordinary[begin : start - 1]) for begin, start in zip(begins, starts, strict=True)]
     return _Layout(
         rotary=rotary,
@@ -223,7 +230,7 @@ def _layout(sample: Sample, v: Vocabulary, latent_size: int) -> _Layout:
         span_starts=starts,
         prompt=np.flatnonzero(ordinary[:turn]),
         local=np.concatenate([*local, np.zeros(0, np.int64)]).astype(np.int64),
-        local_span=np.repeat(np.arange(helpers), [len(part) for part in local]).astype(np.int64),
+        local_span=np.repeat(np.arange(spans), [len(part) for part in local]).astype(np.int64),
         supervised=supervised,
         input_patches=sum(h * w for _, h, w in input_grids),
     )

@@ -1,71 +1,64 @@
 """Read samples from a folder of shards, each by its place in the index, without scanning a tar.
 
-    shards = ShardSet.open("data/frozenlake")
+    shards = ShardSet.open("data/frozenlake")           # or "https://host/frozenlake", "s3://bucket/frozenlake"
     shards.require(tokenizer, latent_size=8)
     sample = shards.load_sample(17, tokenizer)
 
-A sample is a run of tar members with one key, the 9-digit number of its record in the input file:
-`KEY.help0.png ...`, `KEY.in0.png ...` and `KEY.json`:
-
-    {"id", "origin", "prompt": [text or {"image": "in0.png"}], "steps": [text or {"image": "help0.png"}],
-     "answer", "map_desc", "grids": {"in0.png": [1, h, w], ...}}
+What a sample is inside a tar: `ilvr_ds.data.sample_format`.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ilvr_ds.contracts import IGNORE_INDEX, ImageRef, Record, Sample
+from ilvr_ds.config import DataConfig
+from ilvr_ds.contracts import Sample
+from ilvr_ds.data.byte_ranges import ByteRange
 from ilvr_ds.data.images import ImageError, image_to_patches, merged_tokens, read_image
 from ilvr_ds.data.index import Manifest, read_index, read_manifest
+from ilvr_ds.data.local_files import LocalFiles
+from ilvr_ds.data.remote_files import RemoteFiles, is_url
+from ilvr_ds.data.remote_folder import RemoteSettings, fetch_folder
+from ilvr_ds.data.sample_format import RawSample, count_tokens, key_of, parse_sample
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import BatchError, ShardError
 
 
-@dataclass(frozen=True)
-class RawSample:
-    """A sample as it lies in the tar: the record (its image paths are member names) and the images' bytes."""
-
-    key: str
-    record: Record
-    grids: dict[str, tuple[int, int, int]]  # member name -> (t, h, w) in patches
-    images: dict[str, bytes]  # member name -> PNG bytes
-    json_bytes: bytes
-
-    @property
-    def input_members(self) -> list[str]:
-        """Member names of the input images, in reading order."""
-        return [part.path for part in self.record.prompt if isinstance(part, ImageRef)]
-
-    @property
-    def helper_members(self) -> list[str]:
-        """Member names of the helper images, in span order."""
-        return [part.path for part in self.record.steps if isinstance(part, ImageRef)]
-
-
 class ShardSet:
-    """A finished shard folder. Picklable, and safe in forked, spawned and threaded workers: each read opens its
-    own file (microseconds on a local disk), so no file position is shared."""
+    """A finished shard folder, local or behind a URL. Picklable, and safe in forked, spawned and threaded workers."""
 
-    def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | str,
+        manifest: Manifest,
+        index: np.ndarray,
+        files: LocalFiles | RemoteFiles,
+        remote: RemoteSettings,
+        here: Path,
+    ):
+        self.folder = folder  # as given; a str is a URL
         self.manifest = manifest
         self.index = index  # (samples,) INDEX_DTYPE, memory-mapped, read-only
+        self.files = files
+        self._remote = remote
+        self._here = here  # where index.npy and manifest.json lie on this machine
 
     @classmethod
-    def open(cls, folder: str | Path) -> ShardSet:
-        """Open a folder written by `data_tools/build_shards.py`.
+    def open(cls, folder: str | Path, remote: RemoteSettings | None = None) -> ShardSet:
+        """Open a folder written by `data_tools/build_shards.py`, by its path or by a URL fsspec knows.
 
-        Checks the manifest's version, the index's hash and length, and every shard's size (not its bytes: that is
-        `data_tools/check_shards.py`). Raises ShardError naming the file and the command to run.
+        Checks the manifest's version, the index's hash and length, and every local shard's size (not its bytes: each
+        read checks its own, and `data_tools/check_shards.py` all). Raises ShardError naming the file and the command
+        to run, and for a URL ReadError and ConfigError.
         """
+        remote = remote or RemoteSettings()
+        if is_url(folder):
+            files = RemoteFiles(str(folder), remote.retry)
+            return cls._behind(str(folder), fetch_folder(files, remote), remote)
         folder = Path(folder)
         manifest = read_manifest(folder)
         index = read_index(folder, manifest)
@@ -78,10 +71,22 @@ class ShardSet:
                     f"{path}: the shard {found}, manifest.json says {entry.bytes} bytes; copy it again, or remove it "
                     f"and repeat the build command (finished shards are kept)"
                 )
-        return cls(folder, manifest, index)
+        return cls(folder, manifest, index, LocalFiles(folder), remote, folder)
 
-    def __reduce__(self) -> tuple:
-        return ShardSet.open, (self.folder,)  # a memory map does not pickle as one
+    @classmethod
+    def from_config(cls, data: DataConfig) -> ShardSet:
+        """The shards a recipe names; raises as `open`."""
+        return cls.open(data.shards, RemoteSettings(data.cache_dir, int(data.cache_gib * 2**30)))
+
+    @classmethod
+    def _behind(cls, url: str, here: Path, remote: RemoteSettings) -> ShardSet:
+        """A remote folder whose index is at `here` already."""
+        manifest = read_manifest(here)
+        files = RemoteFiles(url, remote.retry, remote.samples(), {e.name: e.sha256 for e in manifest.shards})
+        return cls(url, manifest, read_index(here, manifest), files, remote, here)
+
+    def __reduce__(self) -> tuple:  # a memory map does not pickle as one; a worker maps the index itself
+        return _again, (self.folder, self._here, self._remote, self.manifest.index_sha256)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -106,46 +111,63 @@ class ShardSet:
         return self.read(number).record.id
 
     def read(self, number: int) -> RawSample:
-        """The undecoded sample at row `number` of the index.
+        """The undecoded sample at row `number` of the index; raises as `read_bytes` and `parse`."""
+        return self.parse(number, self.read_bytes([number])[0])
 
-        Raises IndexError outside 0..len-1, and ShardError naming the shard and the offset when the bytes there are
-        not one whole sample.
+    def read_bytes(self, numbers: Sequence[int]) -> list[bytes]:
+        """The tar members of samples as they are stored, in the order asked for; neighbours are read together.
+
+        Raises IndexError outside 0..len-1, ShardError for a row of the index that points nowhere, and ReadError when
+        a shard cannot be reached. What the bytes are is for `parse` to check.
         """
+        return self.files.read([self._range(number) for number in numbers])
+
+    def parse(self, number: int, blob: bytes) -> RawSample:
+        """Take the bytes of a sample apart.
+
+        Raises ShardError naming the shard and the offset when they are not the bytes the index was written for.
+        """
+        r = self._range(number)
+        try:
+            if len(blob) != r.size:
+                raise ShardError(f"{len(blob)} of {r.size} bytes are there")
+            if zlib.crc32(blob) != r.crc32:
+                raise ShardError(f"the bytes have crc32 {zlib.crc32(blob)}, index.npy says {r.crc32}")
+            return parse_sample(blob)
+        except ShardError as error:
+            raise ShardError(
+                f"{self.folder}/{r.file}: sample {number} at byte {r.offset} ({key_of(blob)}): {error}; the "
+                f"index does not match the tar, run `python -m data_tools.check_shards {self.folder}`"
+            ) from error
+
+    def _range(self, number: int) -> ByteRange:
         if not 0 <= number < len(self.index):
             raise IndexError(f"sample {number} of {len(self.index)}")
         row = self.index[number]
-        offset, size = int(row["offset"]), int(row["size"])
         if row["shard"] >= len(self.manifest.shards):
             raise ShardError(
                 f"{self.folder}/index.npy: row {number}: field 'shard' is {row['shard']}, past the last one"
             )
-        path = self.folder / self.manifest.shards[row["shard"]].name
-        where = f"{path}: sample {number} at byte {offset}"
-        try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                blob = file.read(size)
-        except OSError as error:
-            raise ShardError(f"{where}: cannot be read: {error}") from error
-        try:
-            if len(blob) != size:
-                raise ShardError(f"{len(blob)} of {size} bytes are there")
-            return parse_sample(blob)
-        except ShardError as error:
-            raise ShardError(
-                f"{where}: {error}; the index does not match the tar, "
-                f"run `python -m data_tools.check_shards {self.folder}`"
-            ) from error
+        name = self.manifest.shards[row["shard"]].name
+        return ByteRange(name, int(row["offset"]), int(row["size"]), int(row["crc32"]))
 
-    def load_sample(self, number: int, tokenizer: ChatTokenizer) -> Sample:
+    def load_sample(
+        self, number: int, tokenizer: ChatTokenizer, *, blob: bytes | None = None, decode_helpers: bool = True
+    ) -> Sample:
         """Decode and tokenise one sample.
+
+        Args:
+            blob: its bytes, where `read_bytes` has read them already.
+            decode_helpers: False leaves the helper images out, for an objective that does not look at them.
 
         Raises BatchError naming its id when the tokens, images or spans are not what the index says, and what
         `read` raises.
         """
-        raw = self.read(number)
+        raw = self.read(number) if blob is None else self.parse(number, blob)
+        members = (*raw.input_members, *raw.helper_members)
+        inputs = len(raw.input_members)
         grids, patches = [], []
-        for member in (*raw.input_members, *raw.helper_members):
+        for member in members if decode_helpers else raw.input_members:
             try:
                 cut, grid = image_to_patches(np.asarray(read_image(raw.images[member])))
             except (ImageError, ValueError) as error:
@@ -157,11 +179,10 @@ class ShardSet:
                 )
             grids.append(grid)
             patches.append(cut)
-        inputs = len(raw.input_members)
         image_counts = [merged_tokens(grid) for grid in grids[:inputs]]
         latent_size = self.manifest.latent_size
         input_ids, labels = tokenizer.encode_sample(raw.record.prompt, raw.record.steps, image_counts, latent_size)
-        counts = count_tokens(input_ids, labels, tuple(grids), inputs)
+        counts = count_tokens(input_ids, labels, tuple(raw.grids[member] for member in members), inputs)
         for name, value in counts.items():
             if self.index[number][name] != value:
                 raise BatchError(
@@ -176,83 +197,13 @@ class ShardSet:
             grids=tuple(grids),
             num_input_images=inputs,
             patches=np.concatenate(patches) if patches else np.zeros((0, 588), dtype=np.uint8),
+            helpers_decoded=decode_helpers,
         )
 
 
-def count_tokens(
-    input_ids: np.ndarray, labels: np.ndarray, grids: tuple[tuple[int, int, int], ...], num_input_images: int
-) -> dict[str, int]:
-    """The counts of an index row, by its field names, from a tokenised sample (fields as in `Sample`)."""
-    image_tokens = sum(merged_tokens(grid) for grid in grids[:num_input_images])
-    return {
-        "text_tokens": len(input_ids) - image_tokens,
-        "image_tokens": image_tokens,
-        "helper_tokens": sum(merged_tokens(grid) for grid in grids[num_input_images:]),
-        "spans": len(grids) - num_input_images,
-        "supervised": int(np.count_nonzero(labels != IGNORE_INDEX)),
-    }
-
-
-def parse_sample(blob: bytes) -> RawSample:
-    """Take one sample's run of tar members apart. Raises ShardError (without naming the shard: the caller does)."""
-    members: dict[str, bytes] = {}
-    keys = set()
-    try:
-        with tarfile.open(fileobj=io.BytesIO(blob), mode="r:") as tar:
-            for info in tar:
-                key, _, name = info.name.partition(".")
-                content = tar.extractfile(info)
-                if content is None:
-                    raise ShardError(f"member {info.name!r} is not a file")
-                members[name] = content.read()
-                keys.add(key)
-                if len(members[name]) != info.size:
-                    raise ShardError(f"member {info.name!r} is cut short")
-    except tarfile.TarError as error:
-        raise ShardError(f"not a tar member ({error})") from error
-    if len(keys) != 1:
-        raise ShardError(f"expected one sample, found the keys {sorted(keys)}")
-    key = keys.pop()
-    try:
-        json_bytes = members.pop("json")
-        tree = json.loads(json_bytes)
-        grids = {name: tuple(grid) for name, grid in tree["grids"].items()}
-        record = _record_from_json(tree)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ShardError(f"{key}.json is missing or not a sample's JSON ({error!r})") from error
-    named = [part.path for part in (*record.prompt, *record.steps) if isinstance(part, ImageRef)]
-    if not sorted(named) == sorted(members) == sorted(grids):
-        raise ShardError(f"{key}.json names the images {sorted(named)}, the tar has {sorted(members)}")
-    return RawSample(key, record, grids, members, json_bytes)
-
-
-def record_to_json(record: Record, grids: dict[str, tuple[int, int, int]]) -> bytes:
-    """A sample's JSON member: the record with member names for image paths, and each image's grid."""
-
-    def plain(part: str | ImageRef) -> Any:
-        return part if isinstance(part, str) else {"image": part.path}
-
-    tree = {
-        "id": record.id,
-        "origin": record.origin,
-        "prompt": [plain(part) for part in record.prompt],
-        "steps": [plain(part) for part in record.steps],
-        "answer": record.answer,
-        "map_desc": record.map_desc,
-        "grids": grids,
-    }
-    return json.dumps(tree, ensure_ascii=False, sort_keys=True).encode()
-
-
-def _record_from_json(tree: dict[str, Any]) -> Record:
-    def part(value: Any) -> str | ImageRef:
-        return value if isinstance(value, str) else ImageRef(value["image"])
-
-    return Record(
-        id=tree["id"],
-        prompt=tuple(part(value) for value in tree["prompt"]),
-        steps=tuple(part(value) for value in tree["steps"]),
-        answer=tree["answer"],
-        map_desc=None if tree["map_desc"] is None else tuple(tuple(row) for row in tree["map_desc"]),
-        origin=tree["origin"],
-    )
+def _again(folder: Path | str, here: Path, remote: RemoteSettings, index_sha256: str) -> ShardSet:
+    """A shard set in another process: the same one, or ShardError."""
+    shards = ShardSet._behind(str(folder), here, remote) if is_url(folder) else ShardSet.open(folder, remote)
+    if shards.manifest.index_sha256 != index_sha256:
+        raise ShardError(f"{folder}: the shards were built again while they are in use; start the run again")
+    return shards

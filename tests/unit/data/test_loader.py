@@ -21,12 +21,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from ilvr_ds.config import DataConfig
 from ilvr_ds.contracts import ImageRef, PackedBatch, Record
+from ilvr_ds.data.bundle import Failure
 from ilvr_ds.data.images import ImageSettings
 from ilvr_ds.data.index import FORMAT_VERSION, INDEX_DTYPE, Manifest, ShardEntry, file_sha256, write_index, write_text
-from ilvr_ds.data.loader import StepLoader, _Failure
-from ilvr_ds.data.shards import ShardSet, count_tokens, record_to_json
+from ilvr_ds.data.loader import StepLoader
+from ilvr_ds.data.sample_format import count_tokens, record_to_json
+from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
-from ilvr_ds.errors import BatchError, PlanError, RecordError, ShardError
+from ilvr_ds.errors import PlanError, RecordError, ShardError
 
 K = 4
 SAMPLES = 11
@@ -180,7 +182,7 @@ def test_a_bad_sample_arrives_as_its_own_error(tmp_path, tokenizer, workers):
         file.seek(int(row["offset"]) + 512 + 20)
         file.write(b"\xff" * 30)
     it = loader(bad, tokenizer, workers=workers, total=2)
-    with pytest.raises(BatchError, match="'r5'"), it:
+    with pytest.raises(ShardError, match=r"shard-000000.tar: sample 5 .*key 000000005.*crc32"), it:
         for _ in it:
             pass
     assert not workers or not alive_children()
@@ -188,7 +190,7 @@ def test_a_bad_sample_arrives_as_its_own_error(tmp_path, tokenizer, workers):
 
 def test_every_error_class_survives_the_way_out_of_a_worker():
     origin = RecordError("broken", "no good", origin="a.jsonl:3", record_id="r", field="steps")
-    rebuilt = pickle.loads(pickle.dumps(_Failure.of(origin))).rebuild()
+    rebuilt = pickle.loads(pickle.dumps(Failure.of(origin))).rebuild()
     assert type(rebuilt) is RecordError and str(rebuilt) == str(origin)
     assert (rebuilt.reason, rebuilt.record_id, rebuilt.field) == ("broken", "r", "steps")
 

@@ -11,7 +11,8 @@ import pytest
 from data_tools.build_shards import main as build_main
 from data_tools.reindex_shards import main as reindex_main
 from ilvr_ds.data.index import INDEX_DTYPE, read_index, read_manifest, write_index, write_text
-from ilvr_ds.data.shards import ShardSet, parse_sample
+from ilvr_ds.data.sample_format import parse_sample
+from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import BatchError, ShardError
 
