@@ -10,7 +10,7 @@
 
 (`AutoProcessor` works too where torchvision is installed: transformers needs it for its video part.) One process, no
 GPU, memory of a few chunks; the checkpoint may come from any number of ranks. The folder appears under its name only
-when it is complete.
+when it is complete. It says how large the run's input images were, so that generation needs no --max-pixels.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ rm -rf "$DIR/student"
 python launch/export.py --run "$DIR/full" --out "$DIR/student"
 python data_tools/make_frozenlake.py --out "$DIR/new_puzzles" --count 3 --sizes 3 4 --seed 1 \
     --exclude "$DIR/puzzles/records.jsonl"
-python launch/generate.py --model "$DIR/student" --input "$DIR/new_puzzles/records.jsonl" --max-pixels 12544 \
+python launch/generate.py --model "$DIR/student" --input "$DIR/new_puzzles/records.jsonl" \
     --max-new-tokens 160
 echo "(75 steps teach the format, latent spans included, not yet the planning)"
 say "done. Next: README.md, 'Train on your own data'"

@@ -91,7 +91,7 @@ class ChatTokenizer:
                     f"{origin}: the tokenizer lacks the token {token!r}; use the tokenizer of a Qwen2.5-VL model, "
                     f"or add the token to this one"
                 )
-        self._backend = Tokenizer.from_str(json.dumps(spec))
+        self._backend = _backend_of(spec, origin)
         self._backend.encode_special_tokens = True  # control tokens spelled in text stay text
         for token in (*REQUIRED_TOKENS, *LATENT_TOKENS):
             loaded = self._backend.token_to_id(token)
@@ -184,6 +184,19 @@ def join_text(parts: Iterable[Part]) -> list[Part]:
         elif part != "":
             joined.append(part)
     return joined
+
+
+def _backend_of(spec: dict, origin: str) -> Tokenizer:
+    """The library's tokenizer of a parsed tokenizer.json. Raises ConfigError with what the library does not accept."""
+    try:
+        return Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises the base class itself, and nothing narrower
+            raise
+        raise ConfigError(
+            f"{origin}: the `tokenizers` library refuses it: {error}; fetch the tokenizer.json again, or write it with "
+            "a version of the library that is not newer than the installed one"
+        ) from error
 
 
 def _append_latent_tokens(added: list[dict], vocab: dict[str, int]) -> None:

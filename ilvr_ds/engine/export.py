@@ -5,7 +5,8 @@ model folder it started from. Tensor after tensor, a chunk at a time, the pieces
 The cast of a master to the trained dtype is the weight the run had, bit for bit.
 
 Config, tokenizer, chat template and image settings come from the model folder; config.json gets the latents'
-settings and a summary of the run (`ilvr_ds.model.latent_settings`).
+settings and a summary of the run (`ilvr_ds.model.latent_settings`), preprocessor_config.json the pixel bounds of the
+run's shards (`ilvr_ds.model.pixel_bounds`), so that generation and stock processors resize as training did.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ilvr_ds.config import Recipe, parse_recipe, recipe_to_dict
 from ilvr_ds.data.finished_folder import is_finished
+from ilvr_ds.data.index import read_manifest
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.engine.checkpoint import COMPLETE, read_model, read_state
 from ilvr_ds.engine.fingerprint import as_text, checksum
@@ -29,6 +31,7 @@ from ilvr_ds.errors import CheckpointError, ConfigError
 from ilvr_ds.model.folder import ModelFolder
 from ilvr_ds.model.folder_write import SHARD_BYTES, write_model
 from ilvr_ds.model.latent_settings import LatentSettings, check_latent_tokens
+from ilvr_ds.model.pixel_bounds import PREPROCESSOR_FILE, preprocessor_with_bounds
 from ilvr_ds.model.safetensors_stream import CHUNK, TensorSource
 
 STUDENT = "student.network."  # names in a checkpoint: the objective's `student` is a Backbone around a stock network
@@ -57,6 +60,7 @@ def export_checkpoint(
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or the model folder is another than the run's.
         ConfigError: the run has no teacher; the model folder has no latent tokens; `out` holds something else.
+        ShardError: the checkpoint does not say how large its images were, and the recipe's shards are not there.
     """
     if not (checkpoint / COMPLETE).is_file():
         raise CheckpointError(f"{checkpoint}: not a complete checkpoint (no file {COMPLETE})")
@@ -78,6 +82,7 @@ def export_checkpoint(
     folder = ModelFolder(folder_path)
     vocabulary = ChatTokenizer.from_folder(folder_path).vocabulary
     check_latent_tokens(folder_path, vocabulary)
+    low, high = _input_pixels(state, recipe)
     pieces = _Pieces(checkpoint, described, folder, trained)
     pieces.check(teacher)
     sources = [
@@ -88,9 +93,9 @@ def export_checkpoint(
         out,
         sources,
         _with_dtype(folder.tree, made_with["dtype"]),
-        LatentSettings.of(recipe.latent.size, vocabulary, _summary(recipe, state, made_with["weights"])),
+        LatentSettings.of(recipe.latent.size, vocabulary, _summary(recipe, state, made_with["weights"], (low, high))),
         copy_from=folder_path,
-        texts={},
+        texts={PREPROCESSOR_FILE: preprocessor_with_bounds(folder_path, low, high)},
         made_with=made_with,
         shard_bytes=shard_bytes,
     )
@@ -106,9 +111,18 @@ def _with_dtype(tree: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def _summary(recipe: Recipe, state: dict[str, Any], weights: str) -> dict[str, Any]:
+def _input_pixels(state: dict[str, Any], recipe: Recipe) -> tuple[int, int]:
+    """(min, max) pixels of the run's input images: the checkpoint's word, in older ones that of the recipe's shards."""
+    if "input_pixels" in state:
+        low, high = state["input_pixels"]
+        return low, high
+    return read_manifest(Path(recipe.data.shards)).images.bounds("input")
+
+
+def _summary(recipe: Recipe, state: dict[str, Any], weights: str, input_pixels: tuple[int, int]) -> dict[str, Any]:
     tree = recipe_to_dict(recipe)
-    return {"recipe": recipe.name, "step": state["step"], "weights": weights} | {key: tree[key] for key in _SUMMARY}
+    facts = {"recipe": recipe.name, "step": state["step"], "weights": weights, "input_pixels": list(input_pixels)}
+    return facts | {key: tree[key] for key in _SUMMARY}
 
 
 @dataclass

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ilvr_ds.data.images import FACTOR, ImageSettings
+from ilvr_ds.data.images import ImageSettings
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import ConfigError
 from ilvr_ds.inference.decode import Decoder
 from ilvr_ds.model.backbone import Backbone, read_config
 from ilvr_ds.model.folder import read_tree
 from ilvr_ds.model.latent_settings import LATENT_KEY, check_latent_tokens, read_latent_settings
+from ilvr_ds.model.pixel_bounds import PREPROCESSOR_FILE, check_pixel_bounds, read_pixel_bounds
 from ilvr_ds.model.varlen_attention import AttentionName
-
-PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -81,20 +79,7 @@ def image_settings_of(folder: Path, min_pixels: int | None = None, max_pixels: i
 
     Raises ConfigError for a file that cannot be read or bounds that no image can meet.
     """
-    file = folder / PREPROCESSOR_FILE
-    settings = ImageSettings()
-    low, high = settings.bounds("input")
-    if file.is_file():
-        try:
-            tree = json.loads(file.read_text(encoding="utf-8"))
-            size = tree.get("size") or {}  # transformers 5 writes the bounds as edges
-            low = tree.get("min_pixels") or size.get("shortest_edge") or low
-            high = tree.get("max_pixels") or size.get("longest_edge") or high
-        except (UnicodeDecodeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{file}: not a readable JSON object: {error}") from error
+    low, high = read_pixel_bounds(folder)
     low, high = (low if min_pixels is None else min_pixels), (high if max_pixels is None else max_pixels)
-    if not (isinstance(low, int) and isinstance(high, int) and 0 < low <= high and high >= FACTOR**2):
-        raise ConfigError(
-            f"{file}: min_pixels={low}, max_pixels={high}: expected whole numbers, 0 < min <= max, max >= {FACTOR**2}"
-        )
+    check_pixel_bounds(low, high, str(folder / PREPROCESSOR_FILE))
     return ImageSettings(input_min_pixels=low, input_max_pixels=high)

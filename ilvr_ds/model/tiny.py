@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 
 from ilvr_ds.data.finished_folder import is_finished, write_folder
 from ilvr_ds.data.frozenlake_records import example_texts
+from ilvr_ds.data.tokens import LATENT_TOKENS
 from ilvr_ds.errors import ConfigError
+from ilvr_ds.model.latent_settings import LATENT_KEY, LatentSettings
+from ilvr_ds.model.pixel_bounds import PREPROCESSOR_FILE, PUBLISHED
 
-FOLDER_VERSION = 1  # raise it when the same settings would give another folder
+FOLDER_VERSION = 2  # raise it when the same settings would give another folder
 VOCAB_SIZE = 1024  # rows of the embedding; the tokenizer may use fewer, as with the real model
 CORPUS_PUZZLES = 200
+LATENT_SIZE = 8  # K that config.json names: that of the published models
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -59,17 +64,6 @@ _CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_IMAGE_SETTINGS = {  # the published preprocessor_config.json
-    "min_pixels": 56 * 56,
-    "max_pixels": 28 * 28 * 16384,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2_5_VLProcessor",
-}
 
 
 def build_tiny_model(folder: Path, seed: int, corpus_texts: Sequence[str] | None = None) -> bool:
@@ -101,7 +95,7 @@ def build_tiny_model(folder: Path, seed: int, corpus_texts: Sequence[str] | None
         tokenizer.save(str(partial / "tokenizer.json"))
         _write_json(partial / "tokenizer_config.json", _tokenizer_settings())
         _write_json(partial / "chat_template.json", {"chat_template": _CHAT_TEMPLATE})
-        _write_json(partial / "preprocessor_config.json", _IMAGE_SETTINGS)
+        _write_json(partial / PREPROCESSOR_FILE, PUBLISHED)
     return True
 
 
@@ -144,7 +138,10 @@ def tiny_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "use_sliding_window": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        # 1e6, made for contexts of 100k tokens and heads of 128, would leave the columns of a picture less than a
+        # thousandth of a turn apart: with random weights the model could not tell them apart
+        "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [2, 7, 7]},
+        "initializer_range": 0.08,  # about 1 / sqrt(hidden_size): attention has preferences from the first step
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": None,  # a padding row would be zeroed at initialisation
@@ -171,6 +168,7 @@ def tiny_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
         dtype="float32",
+        **{LATENT_KEY: asdict(LatentSettings(LATENT_SIZE, {token: ids[token] for token in LATENT_TOKENS}))},
     )
 
 

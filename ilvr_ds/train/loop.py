@@ -249,6 +249,7 @@ class _Run:
             "step": done,
             "recipe": recipe_to_dict(self.recipe),
             "index_sha256": self.shards.manifest.index_sha256,
+            "input_pixels": list(self.shards.manifest.images.bounds("input")),  # what an exported model is asked with
         }
         checkpoints = self.run_dir / CHECKPOINTS
         save_checkpoint(self.engine, checkpoints / f"step-{done:08d}", state)

@@ -102,7 +102,7 @@ def load_and_save(folder: str, out: str) -> None:
     """Train nothing: partitions in, a checkpoint out."""
     recipe = recipe_of(folder)
     engine = build_engine(objective_of(recipe, read_weights=False), recipe, ZERO3)
-    save_checkpoint(engine, Path(out) / "step-00000000", {"step": 0, "recipe": recipe_to_dict(recipe)})
+    save_checkpoint(engine, Path(out) / "step-00000000", {"step": 0, "recipe": recipe_to_dict(recipe), "input_pixels": [3136, 12544]})
 
 
 def test_load_save_and_stock_load_give_identical_logits(tmp_path):

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from data_tools.build_shards import main as build_shards
 from ilvr_ds.config import parse_recipe, recipe_to_dict
+from ilvr_ds.data.images import resize_image
 from ilvr_ds.engine.build import build_engine
 from ilvr_ds.engine.checkpoint import save_checkpoint
 from ilvr_ds.engine.export import export_checkpoint
 from ilvr_ds.engine.optimizer_state import OptimizerState
 from ilvr_ds.engine.testing.ranks import run_ranks
-from ilvr_ds.errors import CheckpointError, ConfigError
+from ilvr_ds.errors import CheckpointError, ConfigError, ShardError
+from ilvr_ds.inference.load import image_settings_of
 from ilvr_ds.model.backbone import Backbone
 from ilvr_ds.model.latent_settings import read_latent_settings
 from ilvr_ds.model.teacher import Teacher
@@ -46,7 +50,11 @@ def train_a_little(model: str, out: str, stage: int, train_vision: bool) -> None
         master += change(name, piece.start, piece.numel)
     for piece, shadow in zip(engine.ema.pieces, engine.ema.shadows, strict=True):
         shadow += change(piece.name, piece.start, piece.numel)
-    save_checkpoint(engine, Path(out) / "step-00000007", {"step": 7, "recipe": recipe_to_dict(recipe)})
+    save_checkpoint(
+        engine,
+        Path(out) / "step-00000007",
+        {"step": 7, "recipe": recipe_to_dict(recipe), "input_pixels": [3136, 12544]},
+    )
 
 
 def change(name: str, start: int, numel: int) -> torch.Tensor:
@@ -159,6 +167,43 @@ def test_auto_processor(tmp_path, checkpoint):
 
     export_checkpoint(checkpoint, tmp_path / "out")
     assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer is not None
+
+
+def test_the_images_of_the_run(tmp_path, model, checkpoint):
+    """Ours and the stock processor resize as the run's shards were: no option needed, nothing else changed."""
+    export_checkpoint(checkpoint, tmp_path / "out")
+    assert image_settings_of(tmp_path / "out").bounds("input") == (3136, 12544)
+    assert read_latent_settings(tmp_path / "out").training["input_pixels"] == [3136, 12544]
+    stock, before = (AutoImageProcessor.from_pretrained(folder) for folder in (tmp_path / "out", model))
+    assert (stock.size["shortest_edge"], stock.size["longest_edge"]) == (3136, 12544)
+    assert before.size["longest_edge"] == 12845056
+    picture = Image.new("RGB", (1000, 300))
+    ours = resize_image(picture, *image_settings_of(tmp_path / "out").bounds("input"))
+    _, height, width = stock(images=[picture], return_tensors="pt")["image_grid_thw"][0].tolist()
+    assert ours.size == (14 * width, 14 * height)
+    changed = stock.to_dict() | {"size": None}
+    assert changed == before.to_dict() | {"size": None}
+
+
+def test_the_images_of_an_older_checkpoint(tmp_path, model, checkpoint):
+    """One that does not say how large its images were: the recipe's shards say it, or the export ends."""
+    copy = damaged(checkpoint, tmp_path)
+    state = json.loads((copy / "state.json").read_text())
+    del state["input_pixels"]
+    (copy / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ShardError, match=r"none/manifest\.json: no such file"):
+        export_checkpoint(copy, tmp_path / "out")
+    Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
+    steps = [{"type": "text", "content": "I look."}, {"type": "text", "content": "The final answer is: A"}]
+    record = {"id": "a", "text_input": "<image>?", "image_input": ["a.png"], "sequence_plan": steps}
+    (tmp_path / "records.jsonl").write_text(json.dumps(record | {"original_final_answer": "A"}) + "\n")
+    arguments = ["--input", tmp_path / "records.jsonl", "--format", "ilvr", "--tokenizer", model,
+                 "--out", tmp_path / "shards", "--input-max-pixels", 7056]  # fmt: skip
+    assert build_shards([str(argument) for argument in arguments]) == 0
+    state["recipe"]["data"]["shards"] = str(tmp_path / "shards")
+    (copy / "state.json").write_text(json.dumps(state))
+    assert export_checkpoint(copy, tmp_path / "out")
+    assert image_settings_of(tmp_path / "out").bounds("input") == (3136, 7056)
 
 
 def damaged(checkpoint: Path, tmp_path: Path) -> Path:

@@ -138,7 +138,8 @@ def test_a_model_without_latent_tokens_is_refused(copied):
 
 
 def test_the_number_of_latents_must_be_known(copied):
-    edit(copied, "config.json", lambda tree: tree.pop("ilvr", None))
+    assert load_model(copied).latent_size == 8  # what the tiny model's config says
+    edit(copied, "config.json", lambda tree: tree.pop("ilvr"))
     with pytest.raises(ConfigError, match=r"config\.json.*--latent-size"):
         load_model(copied)
     vocabulary = load_model(copied, latent_size=4).tokenizer.vocabulary
@@ -165,6 +166,16 @@ def test_another_vocabulary_is_refused(copied, model):
         load_model(copied, latent_size=4)
 
 
+def test_an_impossible_tokenizer_is_refused(command, copied, capsys):
+    edit(copied, "tokenizer.json", lambda tree: tree.update(pre_tokenizer={"type": "NoSuchThing"}))
+    assert run(command, copied, "--prompt", "x") == 1
+    message = capsys.readouterr().err
+    assert "tokenizer.json: the `tokenizers` library refuses it: " in message and "Traceback" not in message
+    edit(copied, "tokenizer.json", lambda tree: tree.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}}))
+    assert run(command, copied, "--prompt", "x") == 1
+    assert "refuses it" in capsys.readouterr().err
+
+
 def test_truncated_weights_are_refused(copied):
     content = (copied / "model.safetensors").read_bytes()
     (copied / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -179,6 +190,9 @@ def test_pixel_bounds(copied):
     assert image_settings_of(copied).bounds("input") == (3136, 9999)
     with pytest.raises(ConfigError, match="min_pixels=3136, max_pixels=100"):
         image_settings_of(copied, max_pixels=100)
+    edit(copied, "preprocessor_config.json", lambda tree: tree.update(size=[1]))
+    with pytest.raises(ConfigError, match="field 'size': expected an object"):
+        image_settings_of(copied)
     (copied / "preprocessor_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"preprocessor_config\.json: not a readable JSON"):
         image_settings_of(copied)
