@@ -64,7 +64,7 @@ def test_the_brief_wording_names_the_same_walk(seed, size, moves_per_helper):
     assert brief.frames == full.frames
     assert brief.fields["original_final_answer"] == full.fields["original_final_answer"]
     positions = simulate(map_desc, shortest_plan(map_desc)).positions
-    text = "".join(step["content"] for step in brief.fields["sequence_plan"][:-1] if step["type"] == "text")
+    text = " ".join(step["content"] for step in brief.fields["sequence_plan"][:-1] if step["type"] == "text")
     squares = [(int(row) - 1, ord(column) - ord("a")) for column, row in re.findall(r"\b([a-z])(\d)\b", text)]
     assert squares[:2] == [positions[0], positions[-1]]
     assert squares[2:] == list(positions[1:])
