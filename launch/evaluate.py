@@ -33,17 +33,29 @@ def main(arguments: list[str] | None = None) -> int:
         "--goal-rule", choices=["mirage", "original"], default="mirage",
         help="vsp: a plan must end on the goal (mirage, default), or the play stops there (original)",
     )  # fmt: skip
+    parser.add_argument(
+        "--prompt-file", type=Path, metavar="FILE",
+        help="vsp: ask every question with this text instead of the record's; one <image> mark for each image",
+    )  # fmt: skip
+    parser.add_argument("--without-images", action="store_true", help="take the images out: the no-image baseline")
     parser.add_argument("--allow-missing-images", action="store_true", help="count such examples as wrong")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
     parser.add_argument("--save-every", type=int, metavar="N", help="examples between saves (default: 4 batches)")
+    parser.add_argument(
+        "--patience", type=float, default=3600.0, metavar="SECONDS",
+        help="how long process 0 waits for the others without a new answer (default: 3600)",
+    )  # fmt: skip
     add_decoding_options(parser)
     args = parser.parse_args(arguments)
-    require_positive(parser, args, "batch_size", "save_every", "limit")
+    require_positive(parser, args, "batch_size", "save_every", "limit", "patience")
+    if args.prompt_file is not None and args.task != "vsp":
+        parser.error("--prompt-file belongs to --task vsp; records of other tasks each ask a question of their own")
 
     import torch  # after the arguments are known to be right
 
     from ilvr_ds.errors import IlvrError
     from ilvr_ds.inference.answer import answer_with, fingerprint
+    from ilvr_ds.inference.asking import Asking, read_prompt_file
     from ilvr_ds.inference.evaluate import RESULTS, Evaluation, check_task, evaluate, rank_and_world
     from ilvr_ds.inference.load import load_model
     from ilvr_ds.inference.results import format_table
@@ -63,6 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
             out=args.out,
             image_root=args.image_root or args.file.parent,
             rules=Rules(args.published_rules, args.goal_rule),
+            asking=Asking(
+                None if args.prompt_file is None else read_prompt_file(args.prompt_file), not args.without_images
+            ),
+            patience_s=args.patience,
             save_every=args.save_every or 4 * args.batch_size,
             limit=args.limit,
             allow_missing_images=args.allow_missing_images,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ilvr_ds.errors import EvaluationError, RecordError
+from ilvr_ds.inference.asking import Asking
 from ilvr_ds.inference.progress import Answered, Progress
 from ilvr_ds.inference.requests import Request
 from ilvr_ds.inference.results import judge_all, write_results
@@ -47,6 +48,7 @@ class Evaluation:
     out: Path  # folder of the progress files and results.json
     image_root: Path  # folder that relative image paths start from
     rules: Rules = field(default_factory=Rules)
+    asking: Asking = field(default_factory=Asking)
     save_every: int = 64  # examples answered between two saves: what a kill can cost
     limit: int | None = None  # only the first examples of the file
     allow_missing_images: bool = False  # count them as wrong instead of refusing the file
@@ -68,9 +70,10 @@ def rank_and_world() -> tuple[int, int]:
 def check_task(job: Evaluation) -> tuple[list[Example], dict[int, str]]:
     """The examples of a job, and those (index -> path) whose image is not there.
 
-    Raises RecordError: the file is wrong, or an image is missing and `allow_missing_images` is off.
+    Raises RecordError: the file is wrong, `asking` does not fit a record, or an image is missing and
+    `allow_missing_images` is off.
     """
-    examples = task_named(job.task).read(job.file, job.image_root)[: job.limit]
+    examples = job.asking.apply(task_named(job.task).read(job.file, job.image_root)[: job.limit])
     missing = find_missing_images(examples, job.image_root)
     if missing and not job.allow_missing_images:
         raise _missing_error(examples, missing)
@@ -97,6 +100,7 @@ def evaluate(
     settings = {
         "task": job.task,
         "file_sha256": hashlib.sha256(job.file.read_bytes()).hexdigest(),
+        **job.asking.settings(),
         "generation": generation,
     }
     progress = Progress(job.out, settings, rank, world)

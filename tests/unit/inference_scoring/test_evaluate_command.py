@@ -109,3 +109,50 @@ def test_another_model_is_not_mixed_in(folder, command, tmp_path, capsys, monkey
     build_tiny_model(copy / "model", seed=1)
     assert command(arguments(copy, "out", "--limit", "2")) == 1
     assert "checkpoint_sha256" in capsys.readouterr().err
+
+
+def test_in_other_words_and_without_images(folder, command, tmp_path, capsys, monkeypatch):
+    """The text is replaced, the images stay or go; what was asked is recorded, and not mixed with another asking."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "prompt.txt").write_text("Look: <image> Plan your way.\n")
+    words = ("--prompt-file", str(tmp_path / "prompt.txt"))
+
+    def settings(out):
+        return json.loads((folder / out / "results.json").read_text())["settings"]
+
+    def asked(*more, out):
+        assert command(arguments(folder, out, "--limit", "2", *more)) == 0
+        return [sample["prompt_sha256"] for sample in samples(folder, out)]
+
+    plain, other = asked(out="asked-plain"), asked(*words, out="asked-words")
+    blind, both = asked("--without-images", out="asked-blind"), asked(*words, "--without-images", out="asked-both")
+    assert len({*plain, *other}) == 4
+    assert not set(blind) & {*plain, *other}
+    assert len(set(both)) == 1  # one text for all, and nothing else to see
+    assert settings("asked-plain")["prompt_text"] is None
+    assert settings("asked-both")["prompt_text"] == "Look: <image> Plan your way."
+    assert settings("asked-both")["without_images"] is True
+    for out, more in (("asked-plain", words), ("asked-words", ()), ("asked-plain", ("--without-images",))):
+        assert command(arguments(folder, out, "--limit", "2", *more)) == 1
+        assert "begun with other settings" in capsys.readouterr().err
+
+    (tmp_path / "prompt.txt").write_text("Plan your way.")
+    assert command(arguments(folder, "asked-wrong", *words)) == 1
+    error = capsys.readouterr().err
+    assert "task.jsonl:1" in error and "0 <image> mark(s), this record has 1 image(s)" in error
+    (tmp_path / "prompt.txt").write_text("\n")
+    assert command(arguments(folder, "asked-wrong", *words)) == 1
+    assert "prompt.txt: holds no text" in capsys.readouterr().err
+    assert command(arguments(folder, "asked-wrong", "--prompt-file", str(tmp_path / "none.txt"))) == 1
+    assert "none.txt: cannot be read" in capsys.readouterr().err
+    assert not (folder / "asked-wrong").exists()
+    with pytest.raises(SystemExit):
+        command([*arguments(folder, "asked-wrong", *words), "--task", "ilvr"])
+
+
+def test_patience(folder, command, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command(arguments(folder, "patience", "--limit", "2", "--patience", "1")) == 1
+    assert "nothing new came for 1 s; rank(s) 1 of 2" in capsys.readouterr().err
