@@ -19,8 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.stats_plot import plot_stats
-from ilvr_ds.data.index import read_index, read_manifest, write_text
+from ilvr_ds.data.index import write_text
 from ilvr_ds.data.plan import Lengths, Planner, run_imbalance
+from ilvr_ds.data.remote_folder import RemoteSettings
+from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.stats import COLUMNS, IndexStats, ValueCounts, read_stats
 from ilvr_ds.errors import ConfigError, IlvrError, ShardError
 
@@ -45,14 +47,14 @@ def _run(options: argparse.Namespace) -> None:
     for path in (options.json, options.png):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path}: the folder {path.parent} does not exist")
-    manifest = read_manifest(options.folder)
-    index = read_index(options.folder, manifest)
+    shards = ShardSet.open(options.folder, RemoteSettings(options.cache_dir))
+    manifest, index = shards.manifest, shards.index
     if len(index) == 0:
         raise ShardError(f"{options.folder}: no samples; see {options.folder}/rejects.jsonl")
     with tqdm(total=len(index), unit="sample", desc="shard_stats", file=sys.stderr, leave=False) as bar:
         stats = read_stats(index, bar.update)
     report: dict[str, Any] = {
-        "folder": str(options.folder),
+        "folder": options.folder,
         "samples": len(index),
         "shards": len(manifest.shards),
         "bytes": sum(entry.bytes for entry in manifest.shards),
@@ -162,7 +164,12 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.shard_stats", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder written by build_shards")
+    add("folder", metavar="DIR", help="folder written by build_shards, or its URL")
+    add(
+        "--cache-dir",
+        metavar="DIR",
+        help="for a URL: local folder to keep what was fetched (a recipe's data.cache_dir)",
+    )
     add("--token-budget", type=_positive, nargs="+", metavar="N", help="data.token_budget: tokens of a micro-batch")
     add("--samples-per-step", type=_positive, metavar="N", help="data.samples_per_step: over all ranks")
     add("--world", type=_positive, nargs="+", default=[1, 8], metavar="N", help="numbers of ranks (default: 1 8)")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ilvr_ds.data.preview import Preview, find_ids, read_preview
 from ilvr_ds.data.preview_html import page_title, write_page
 from ilvr_ds.data.preview_sheet import contact_sheet
+from ilvr_ds.data.remote_folder import RemoteSettings
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import ConfigError, IlvrError, ShardError
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    shards = ShardSet.open(options.folder)
+    shards = ShardSet.open(options.folder, RemoteSettings(options.cache_dir))
     if len(shards) == 0:
         raise ShardError(f"{options.folder}: no samples; see {options.folder}/rejects.jsonl")
     tokenizer = ChatTokenizer.from_folder(options.tokenizer)
@@ -54,9 +55,9 @@ def _run(options: argparse.Namespace) -> None:
     for path in (options.html, options.sheet):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path}: the folder {path.parent} does not exist")
-    title = page_title(options.folder.resolve().name, len(numbers))
+    title = page_title(options.folder, len(numbers))
     about = (
-        f"of {len(shards):,} in {options.folder} · {shards.manifest.latent_size} latents per span · "
+        f"of {len(shards):,} · {shards.manifest.latent_size} latents per span · "
         f"tokenizer {tokenizer.vocabulary.fingerprint[:8]} · built from {shards.manifest.source}"
     )
     if options.html is not None:
@@ -107,7 +108,12 @@ def _seed(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.show_shards", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder written by build_shards")
+    add("folder", metavar="DIR", help="folder written by build_shards, or its URL")
+    add(
+        "--cache-dir",
+        metavar="DIR",
+        help="for a URL: local folder to keep what was fetched (a recipe's data.cache_dir)",
+    )
     add("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with the model's tokenizer.json")
     add("--html", type=Path, metavar="FILE.html", help="write a page here")
     add("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet here")

@@ -43,7 +43,7 @@ def plot_stats(report: dict[str, Any], stats: IndexStats, out: Path) -> None:
         ):
             _over_world(ax, plans, key, title)
     figure.suptitle(
-        f"{Path(report['folder']).resolve().name}   {report['samples']:,} samples   {report['bytes'] / 1e9:.2f} GB   "
+        f"{report['folder']}   {report['samples']:,} samples   {report['bytes'] / 1e9:.2f} GB   "
         f"{report['spans']:,} spans", fontsize=14, fontweight="bold", color=INK, x=0.01, ha="left",
     )  # fmt: skip
     temporary = out.with_name(f"{out.name}.tmp")
