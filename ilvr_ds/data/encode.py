@@ -9,20 +9,23 @@ from typing import Literal
 import numpy as np
 
 from ilvr_ds.contracts import ImageRef, Record
+from ilvr_ds.data.image_codec import encode_image
+from ilvr_ds.data.image_files import read_image_file
 from ilvr_ds.data.images import (
     PATCH,
     Grid,
     ImageError,
     ImageSettings,
-    encode_png,
     merged_tokens,
     read_image,
     resize_image,
 )
 from ilvr_ds.data.index import INDEX_DTYPE
-from ilvr_ds.data.shards import count_tokens, record_to_json
+from ilvr_ds.data.sample_format import count_tokens, record_to_json
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import RecordError
+
+Role = Literal["input", "helper"]
 
 
 @dataclass(frozen=True)
@@ -46,50 +49,85 @@ def encode_record(
     `image_root`: folder that relative image paths start from. `max_tokens`: longest sequence allowed.
     Raises RecordError naming the record and the image: the reasons of `ImageError`, too_long, too_many_images.
     """
-    members: dict[str, bytes] = {}
-    grids: dict[str, Grid] = {}
-
-    def store(parts: tuple[str | ImageRef, ...], role: Literal["input", "helper"], prefix: str) -> tuple:
-        """`parts` with member names for paths; the images go into `members` and `grids`."""
-        named = []
-        for part in parts:
-            if isinstance(part, ImageRef):
-                name = f"{prefix}{sum(isinstance(p, ImageRef) for p in named)}.png"
-                members[name], grids[name] = _encode_image(record, part, role, image_root, images)
-                part = ImageRef(name)
-            named.append(part)
-        return tuple(named)
-
-    prompt = store(record.prompt, "input", "in")
+    store = _Images(image_root, images)
+    try:
+        prompt = store.named(record.prompt, "input", "in")
+        steps = store.named(record.steps, "helper", "help")
+    except _BadImage as error:
+        raise error.of(record) from error
+    grids = store.grids_of(prompt)
     inputs = len(grids)
-    image_counts = [merged_tokens(grid) for grid in grids.values()]
-    stored = replace(record, prompt=prompt, steps=store(record.steps, "helper", "help"), origin=_short(record.origin))
+    image_counts = [merged_tokens(grid) for grid in grids]
+    stored = replace(record, prompt=prompt, steps=steps, origin=_short(record.origin))
     input_ids, labels = tokenizer.encode_sample(stored.prompt, stored.steps, image_counts, latent_size)
     if max_tokens is not None and len(input_ids) > max_tokens:
         message = f"{len(input_ids)} tokens ({sum(image_counts)} of input images), at most {max_tokens} are allowed"
         raise RecordError("too_long", message, origin=record.origin, record_id=record.id)
-    counts = count_tokens(input_ids, labels, tuple(grids.values()), inputs)
+    counts = count_tokens(input_ids, labels, (*grids, *store.grids_of(steps)), inputs)
     for name, value in counts.items():
         limit = np.iinfo(INDEX_DTYPE[name]).max
         if value > limit:
             message = f"{name} is {value}, the index holds at most {limit}"
             raise RecordError("too_many_images", message, origin=record.origin, record_id=record.id)
-    members["json"] = record_to_json(stored, grids)
-    return EncodedSample(members, counts)
+    return EncodedSample({**store.members, "json": record_to_json(stored, store.grids)}, counts)
 
 
-def _encode_image(
-    record: Record, part: ImageRef, role: Literal["input", "helper"], image_root: Path, images: ImageSettings
-) -> tuple[bytes, Grid]:
-    """PNG bytes and grid of the resized image."""
-    try:
-        image = resize_image(read_image(image_root / part.path), *images.bounds(role))
-    except ImageError as error:
-        message = f"{error}" if part.path in str(error) else f"{part.path}: {error}"
-        raise RecordError(
-            error.reason, message, origin=record.origin, record_id=record.id, field=f"{role} image {part.path}"
-        ) from error
-    return encode_png(image), (1, image.height // PATCH, image.width // PATCH)
+class _Images:
+    """The images of one sample on their way into the tar; equal ones are stored once."""
+
+    def __init__(self, root: Path, settings: ImageSettings):
+        self.root, self.settings = root, settings
+        self.members: dict[str, bytes] = {}
+        self.grids: dict[str, Grid] = {}
+        self._of_source: dict[tuple[bytes, tuple[int, int]], str] = {}  # file bytes and pixel bounds -> member
+        self._of_bytes: dict[bytes, str] = {}  # stored bytes -> member: other files may hold the same picture
+
+    def named(self, parts: tuple[str | ImageRef, ...], role: Role, prefix: str) -> tuple[str | ImageRef, ...]:
+        """`parts` with member names for paths; new images go into `members` and `grids`. Raises _BadImage."""
+        named: list[str | ImageRef] = []
+        for part in parts:
+            if isinstance(part, ImageRef):
+                number = sum(isinstance(p, ImageRef) for p in named)
+                try:
+                    part = ImageRef(self._store(part, self.settings.bounds(role), f"{prefix}{number}"))
+                except ImageError as error:
+                    raise _BadImage(part, role, error) from error
+            named.append(part)
+        return tuple(named)
+
+    def grids_of(self, parts: tuple[str | ImageRef, ...]) -> tuple[Grid, ...]:
+        """The grid of every image of `parts` (member names), in reading order."""
+        return tuple(self.grids[part.path] for part in parts if isinstance(part, ImageRef))
+
+    def _store(self, image: ImageRef, bounds: tuple[int, int], name: str) -> str:
+        source = read_image_file(image, self.root)
+        if (source, bounds) not in self._of_source:
+            pixels = resize_image(read_image(source), *bounds)
+            ending, content = encode_image(pixels, self.settings)
+            member = self._of_bytes.setdefault(content, f"{name}.{ending}")
+            self.members[member] = content
+            self.grids[member] = (1, pixels.height // PATCH, pixels.width // PATCH)
+            self._of_source[source, bounds] = member
+        return self._of_source[source, bounds]
+
+
+class _BadImage(Exception):
+    """An image of a record cannot be used; `of` makes the record's error of it."""
+
+    def __init__(self, image: ImageRef, role: Role, error: ImageError):
+        super().__init__(str(error))
+        self.image, self.role, self.error = image, role, error
+
+    def of(self, record: Record) -> RecordError:
+        name = self.image.path[:500]  # a path may be as long as a record
+        message = str(self.error) if name in str(self.error) else f"{name}: {self.error}"
+        return RecordError(
+            self.error.reason,
+            message,
+            origin=record.origin,
+            record_id=record.id,
+            field=f"{self.role} image {name}",
+        )
 
 
 def _short(origin: str) -> str:

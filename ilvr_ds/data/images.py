@@ -8,14 +8,17 @@ doubling in time are left to the device (`ilvr_ds.model`); `normalise_patches_nu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import logging
 import math
+import os
 import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,7 +111,8 @@ def read_image(source: bytes | Path) -> Image.Image:
             with Image.open(io.BytesIO(content), formats=_formats()) as image:
                 if min(image.size) < 1:
                     raise ImageError("zero_size_image", f"the image is {image.size[0]}x{image.size[1]} pixels")
-                image.load()
+                with _quiet_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
+                    image.load()
                 bits = _grey_bits(image)
                 upright = ImageOps.exif_transpose(image)  # a copy
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -218,6 +222,27 @@ def _formats() -> tuple[str, ...]:
     """Those of FORMATS that the installed Pillow knows."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextlib.contextmanager
+def _quiet_libtiff() -> Iterator[None]:
+    """libtiff writes what it thinks of a damaged file to file descriptor 2 by itself, and Pillow has no switch for it.
+
+    For the whole process, so other threads are silent for that long too; shards hold no TIFF: training is never here.
+    """
+    try:
+        saved = os.dup(2)
+    except OSError:  # the process has no stderr: nothing to silence
+        yield
+        return
+    silent = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(silent, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(silent)
 
 
 def _grey_bits(image: Image.Image) -> int:

@@ -11,15 +11,18 @@ The published file of this shape (400 maps) is a TEST set: build it to look at i
 
 from __future__ import annotations
 
+import io
 import zlib
+
+from PIL import Image
 
 from ilvr_ds.contracts import ImageRef, Record
 from ilvr_ds.data.formats.ilvr_jsonl import IMAGE_MARKER
 from ilvr_ds.data.formats.jsonl import Fields
 from ilvr_ds.data.formats.markers import fill_markers
 from ilvr_ds.data.frozenlake import MapDesc, parse_map, shortest_plan
-from ilvr_ds.data.frozenlake_records import PuzzleRecord, puzzle_record
-from ilvr_ds.data.frozenlake_render import encode_png, render
+from ilvr_ds.data.frozenlake_records import Frame, PuzzleRecord, puzzle_record
+from ilvr_ds.data.frozenlake_render import render
 from ilvr_ds.errors import PuzzleError
 
 MOVES_PER_HELPER = 2
@@ -31,10 +34,7 @@ def parse_fields(fields: Fields) -> Record:
     fields.take("map_desc")
     fields.take_map()  # the types
     puzzle, map_desc = _puzzle(fields)
-    pictures = {
-        frame.path: ImageRef(frame.path, encode_png(render(map_desc, frame.position, frame.last_move)))
-        for frame in puzzle.frames
-    }
+    pictures = {frame.path: ImageRef(frame.path, _draw(map_desc, frame)) for frame in puzzle.frames}
     text = fields.take_text("text_input")
     own = fields.take_images("image_input") if "image_input" in fields.tree else (pictures[puzzle.frames[0].path],)
     prompt = fill_markers(fields, "text_input", text, IMAGE_MARKER, own) if IMAGE_MARKER in text else (*own, text)
@@ -50,6 +50,13 @@ def parse_fields(fields: Fields) -> Record:
         map_desc=map_desc,
         origin=fields.origin,
     )
+
+
+def _draw(map_desc: MapDesc, frame: Frame) -> bytes:
+    """The picture as PPM: it is on its way to a resize, compressing it now would take longer than drawing it."""
+    buffer = io.BytesIO()
+    Image.fromarray(render(map_desc, frame.position, frame.last_move)).save(buffer, format="PPM")
+    return buffer.getvalue()
 
 
 def _puzzle(fields: Fields) -> tuple[PuzzleRecord, MapDesc]:
