@@ -1,14 +1,22 @@
 """Which samples an optimizer step trains on, and which rank runs which of them when.
 
-Everything is a pure function of (index, seed, epoch, samples per step, token budget, world): nothing is
-carried from step to step. So resuming needs a step number only, a change of the world size keeps the samples
-of every step, every loss denominator is known before the forward pass, and the number of steps is exact.
+Everything is a pure function of (index, seed, samples per step, shuffle window, weights) for the samples of a step,
+and of (token budget, world) besides for the bins: nothing is carried from step to step. So resuming needs a step
+number only, a change of the world size keeps the samples of every step, every loss denominator is known before the
+forward pass, and the number of steps is exact.
 
-    planner = Planner(lengths, seed=0, samples_per_step=64, token_budget=8192, world=8)
+    planner = Planner([PlanSource(lengths, shards)], seed=0, samples_per_step=64, token_budget=8192, world=8)
     for step in range(start, total):
-        plan = planner.step(step)
-        for bins in plan.bins:          # micro-steps; bins[rank] are sample numbers
+        plan = planner.step(step, rank)
+        for numbers in plan.of_rank(rank):      # one micro-batch after the other
             ...
+
+Parts: `order` (which sample comes when), `blend` (how many of each source), `balance` (bins under the budget),
+`level` (bins alike in cost).
+
+**Many ranks.** All ranks agree on the bins' sizes, so on the number of micro-steps; then the ranks are cut into groups
+of a few, alike in text and vision, and only a rank's own group is levelled. That is what makes a plan of 16,384 samples
+a matter of milliseconds without a message between ranks.
 """
 
 from __future__ import annotations
@@ -18,97 +26,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ilvr_ds.data.balance import partition
+from ilvr_ds.data.balance import ascending, deal, fit
+from ilvr_ds.data.blend import Blend
+from ilvr_ds.data.cost import CostModel
+from ilvr_ds.data.lengths import Lengths, check_fits
+from ilvr_ds.data.level import in_units, level
+from ilvr_ds.data.order import WINDOW, PlanSource, SourceOrder
 from ilvr_ds.errors import PlanError
 
-PATCHES_PER_TOKEN = 4  # 2x2 patches become one visual token
+# Raised with every change of which samples a step holds: a run resumed under another number would see some samples
+# twice and others not at all. Version 1 shuffled whole epochs.
+PLAN_VERSION = 2
+_GROUP_BINS = 32  # bins levelled together, at least, where there are more
+_ROUNDS = 24  # of levelling
+_TIGHT = 0.97  # share of the budget in use from which few exchanges are possible, and it takes longer to find them
 
 
-# ------------------------------------------------------------------------------------------- lengths
-@dataclass(frozen=True)
-class Lengths:
-    """The columns of the shard index that planning needs, one entry per sample."""
-
-    tokens: np.ndarray  # (n,) int64: length of the sequence, input images and latent pads included
-    patches: np.ndarray  # (n,) int64: vision patches of input and helper images
-    supervised: np.ndarray  # (n,) int64: tokens with a label
-    spans: np.ndarray  # (n,) int64: latent spans
-
-    @classmethod
-    def from_index(cls, index: np.ndarray) -> Lengths:
-        """From the structured array of a shard set (`ilvr_ds.data.index`)."""
-        column = {name: np.asarray(index[name], dtype=np.int64) for name in index.dtype.names}
-        return cls(
-            tokens=column["text_tokens"] + column["image_tokens"],
-            patches=PATCHES_PER_TOKEN * (column["image_tokens"] + column["helper_tokens"]),
-            supervised=column["supervised"],
-            spans=column["spans"],
-        )
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-# -------------------------------------------------------------------------------------------- cost
-@dataclass(frozen=True)
-class CostModel:
-    """FLOPs a sample costs in one step, as integers so that every rank finds the same bins.
-
-    cost = per_token * L + per_token_squared * L^2 + per_patch * P + per_supervised * N, in units of 1000 FLOPs.
-
-    The default is Qwen2.5-VL-7B with a frozen vision tower, a teacher and gradient checkpointing.
-    """
-
-    per_token: int = 65_252_884_480  # FLOPs; see from_dims
-    per_token_squared: int = 1_003_520
-    per_patch: int = 1_270_415_360
-    per_supervised: int = 3_269_984_256
-
-    @classmethod
-    def from_dims(
-        cls,
-        *,
-        hidden: int,
-        layers: int,
-        intermediate: int,
-        kv_width: int,
-        vocabulary: int,
-        vision_hidden: int,
-        vision_layers: int,
-        vision_intermediate: int,
-        recompute: bool = True,
-        train_vision: bool = False,
-    ) -> CostModel:
-        """From the model's dimensions; one multiplication and one addition are two FLOPs.
-
-        A decoder layer has 2h^2 (query, output) + 2h*kv (key, value) + 3h*m (MLP) weights, two FLOPs each per
-        token, and causal attention costs 2 L^2 h. The student runs it forward, backward (twice the forward)
-        and, with gradient checkpointing (`recompute`), forward again; the teacher once. The vision tower runs
-        forward once, for both. Its attention windows are 64 patches; the few layers with full attention are
-        counted as windows too, since the index does not keep the size of each image (an error of a few %).
-
-        Args:
-            kv_width: key-value heads x head size.
-        """
-        passes = 3 + int(recompute) + 1
-        weights = 2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * intermediate
-        vision_passes = 3 + int(recompute) if train_vision else 1
-        vision_weights = 4 * vision_hidden * vision_hidden + 3 * vision_hidden * vision_intermediate
-        return cls(
-            per_token=2 * weights * layers * passes,
-            per_token_squared=2 * hidden * layers * passes,
-            per_patch=vision_passes * vision_layers * (2 * vision_weights + 4 * 64 * vision_hidden),
-            per_supervised=2 * hidden * vocabulary * 3,
-        )
-
-    def __call__(self, lengths: Lengths) -> np.ndarray:
-        """(n,) int64 cost of every sample, in units of 1000 FLOPs."""
-        flops = self.per_token * lengths.tokens + self.per_token_squared * lengths.tokens**2
-        flops = flops + self.per_patch * lengths.patches + self.per_supervised * lengths.supervised
-        return flops // 1000
-
-
-# -------------------------------------------------------------------------------------------- plan
 @dataclass(frozen=True)
 class StepTotals:
     """Sums over all samples of one optimizer step: the denominators of its loss."""
@@ -120,16 +53,27 @@ class StepTotals:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Costs in units of 1000 FLOPs, or ratios of them."""
+
+    total: float  # of text and vision together
+    text: float
+    vision: float
+
+
+@dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step."""
+    """One optimizer step, for all ranks or for a group of them."""
 
     step: int  # 0-based, over all epochs
     epoch: int  # 0-based
-    bins: tuple[tuple[tuple[int, ...], ...], ...]  # [micro-step][rank] -> ascending sample numbers, maybe none
-    totals: StepTotals
+    ranks: range  # the ranks whose bins are here
+    bins: tuple[tuple[tuple[int, ...], ...], ...]  # [micro-step][rank of `ranks`] -> ascending numbers, maybe none
+    costs: tuple[tuple[int, ...], ...]  # [micro-step][rank of `ranks`], in units of 1000 FLOPs
+    totals: StepTotals  # of all ranks
     lower_bound: int  # micro-batches per rank nobody can go below: ceil(tokens / (world * budget))
-    dearest: int  # sum over micro-steps of the dearest rank's cost
-    mean: float  # sum over micro-steps of the ranks' mean cost
+    dearest: Costs  # sums over micro-steps of the dearest of `ranks`
+    mean: Costs  # sums over micro-steps of the mean of `ranks`
 
     @property
     def n_micro(self) -> int:
@@ -138,129 +82,132 @@ class StepPlan:
 
     @property
     def imbalance(self) -> float:
-        """Dearest over mean: 1 is perfect, 1.05 means ranks idle 5 % of the time."""
-        return self.dearest / self.mean if self.mean else 1.0
+        """Dearest over mean of the total cost: 1 is perfect, 1.05 means ranks idle 5 % of the time."""
+        return run_imbalance([self])
 
     def of_rank(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """The bins of one rank, in the order it runs them."""
-        return tuple(bins[rank] for bins in self.bins)
+        """The bins of one of `ranks`, in the order it runs them."""
+        return tuple(micro[self.ranks.index(rank)] for micro in self.bins)
 
-
-def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """(samples,) int64: the order of an epoch. Philox keyed by (seed, epoch), so any epoch stands alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
+    def costs_of_rank(self, rank: int) -> tuple[int, ...]:
+        """The costs of these bins."""
+        return tuple(micro[self.ranks.index(rank)] for micro in self.costs)
 
 
 def steps_per_epoch(samples: int, samples_per_step: int) -> int:
-    """ceil(samples / samples_per_step): the last step of an epoch takes what is left."""
+    """ceil(samples / samples_per_step), samples of all sources together.
+
+    With one source the last step of an epoch takes what is left. With several, steps are always whole: an epoch is
+    then as many steps as the sources have samples for, of which each gives its share by weight, going through its own
+    epochs: a source with twice its share by size is seen twice.
+    """
     return -(-samples // samples_per_step)
 
 
-def step_samples(order: np.ndarray, step_in_epoch: int, samples_per_step: int) -> np.ndarray:
-    """(s,) int64, ascending: the samples of one step, 1 <= s <= samples_per_step. Knows nothing of ranks."""
-    begin = step_in_epoch * samples_per_step
-    if not 0 <= begin < len(order):
-        raise ValueError(f"step {step_in_epoch} of an epoch of {steps_per_epoch(len(order), samples_per_step)} steps")
-    return np.sort(order[begin : begin + samples_per_step])
-
-
-def check_fits(lengths: Lengths, token_budget: int, sample_id: Callable[[int], str] = str) -> None:
-    """Raise PlanError if there is nothing to plan or a sample is longer than a micro-batch may be.
-
-    Args:
-        sample_id: names a sample number in the message (`ShardSet.sample_id`).
-    """
-    if len(lengths) == 0:
-        raise PlanError("the shard index is empty; see rejects.jsonl beside the shards for why records were refused")
-    long = np.flatnonzero(lengths.tokens > token_budget)
-    if len(long):
-        named = ", ".join(f"{sample_id(int(n))!r} ({lengths.tokens[n]} tokens)" for n in long[:5])
-        raise PlanError(
-            f"{len(long)} of {len(lengths)} samples are longer than data.token_budget={token_budget}: {named}"
-            f"{', ...' if len(long) > 5 else ''}. Raise data.token_budget to {int(lengths.tokens.max())} or more, "
-            "or rebuild the shards with --max-tokens"
-        )
-
-
-def split_step(
-    numbers: np.ndarray, lengths: Lengths, costs: np.ndarray, token_budget: int, world: int
-) -> tuple[list[list[np.ndarray]], int]:
-    """Split one step's samples into `[micro-step][rank]` arrays; also returns the lower bound.
-
-    Starts at the lower bound ceil(tokens / (world * budget)) and takes one micro-step more where
-    `balance.partition` finds no way.
-    """
-    tokens = lengths.tokens[numbers]
-    lower_bound = max(1, -(-int(tokens.sum()) // (world * token_budget)))
-    # With one bin per sample every bin fits, so the search ends.
-    for n_micro in range(lower_bound, max(lower_bound, len(numbers)) + 1):
-        bins = partition(tokens, costs[numbers], n_micro * world, token_budget, world)
-        if bins is not None:
-            return [[numbers[b] for b in bins[m * world : (m + 1) * world]] for m in range(n_micro)], lower_bound
-    raise PlanError(
-        f"no bins of {token_budget} tokens for samples {numbers.tolist()}; check_fits() names those too long"
-    )
-
-
 class Planner:
-    """Plans any step of a run. Picklable; keeps nothing but the order of the epoch it was last asked for.
+    """Plans any step of a run. Picklable; keeps nothing but the shuffle windows it was last asked for.
+
+    Sample numbers count through all sources: the first source's rows, then the second's.
 
     Args:
-        seed: of the epochs' order, 0 to 2**63 - 1.
+        sources: what is blended, one or more; plain `Lengths` stand for one source in memory.
+        seed: of the order, 0 to 2**63 - 1.
         samples_per_step: over all ranks.
         token_budget: tokens per rank and micro-batch, at most.
+        window: samples shuffled together (`order`).
         sample_id: names a sample number in error messages (`ShardSet.sample_id`).
 
     Raises:
-        PlanError: on creation, if a sample exceeds the budget (see `check_fits`).
+        PlanError: on creation, if a sample exceeds the budget (see `check_fits`) or a weight is not above 0.
     """
 
     def __init__(
         self,
-        lengths: Lengths,
+        sources: Lengths | Sequence[PlanSource],
         *,
         seed: int,
         samples_per_step: int,
         token_budget: int,
         world: int,
+        window: int = WINDOW,
         cost: CostModel | None = None,
         sample_id: Callable[[int], str] = str,
     ):
         if min(samples_per_step, world, token_budget) < 1:
             raise ValueError("samples_per_step, world and token_budget are 1 or more")
-        check_fits(lengths, token_budget, sample_id)
-        self.lengths = lengths
-        self.seed = seed
+        if isinstance(sources, Lengths):
+            sources = [PlanSource(sources)]
+        self.samples = sum(len(source.lengths) for source in sources)
         self.samples_per_step = samples_per_step
         self.token_budget = token_budget
         self.world = world
-        self.steps_per_epoch = steps_per_epoch(len(lengths), samples_per_step)
-        self._costs = (cost or CostModel())(lengths)  # (n,)
-        self._epoch, self._order = -1, np.zeros(0, np.int64)
+        self.steps_per_epoch = steps_per_epoch(self.samples, samples_per_step)
+        self._blend = Blend([source.weight for source in sources])
+        self._cost = cost or CostModel()
+        self._orders, self._starts, start, longest = [], [], 0, 0
+        for number, source in enumerate(sources):
+            longest = max(longest, check_fits(source.lengths, token_budget, _shifted(sample_id, start)))
+            self._orders.append(SourceOrder(source, number=number, seed=seed, window=window))
+            self._starts.append(start)
+            start += len(source.lengths)
+        self.longest = longest  # tokens
 
-    def step(self, step: int) -> StepPlan:
-        """The plan of a step (0-based, over all epochs); the same however one got there."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if self._epoch != epoch:
-            self._epoch, self._order = epoch, epoch_order(len(self.lengths), self.seed, epoch)
+    def samples_of(self, step: int) -> tuple[np.ndarray, Lengths]:
+        """Sample numbers (s,) int64, ascending, and lengths of a step, 1 <= s <= samples_per_step; for any world.
+
+        A number occurs twice where a source's epoch ends within the step or its share is more than it holds.
+        """
+        numbers, lengths = [], []
+        for order, start, (position, count) in zip(self._orders, self._starts, self._taken(step), strict=True):
+            if count:
+                rows, of_rows = order.take(position, count)
+                numbers.append(rows + start)
+                lengths.append(of_rows)
+        joined = np.concatenate(numbers)
+        ascend = ascending(joined)
+        return joined[ascend], Lengths.join(lengths).take(ascend)
+
+    def _taken(self, step: int) -> list[tuple[int, int]]:
+        """Of every source: the position in its endless order where the step begins, and how many it takes."""
+        if len(self._orders) == 1:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            begin = within * self.samples_per_step
+            return [(epoch * self.samples + begin, min(self.samples_per_step, self.samples - begin))]
+        before = self._blend.taken(step * self.samples_per_step)
+        after = self._blend.taken((step + 1) * self.samples_per_step)
+        return [(a, b - a) for a, b in zip(before, after, strict=True)]
+
+    def step(self, step: int, rank: int | None = None) -> StepPlan:
+        """The plan of a step (0-based, over all epochs); the same however one got there.
+
+        Args:
+            rank: plan for this rank and its group only: the same bins, in a fraction of the time.
+        """
+        numbers, lengths = self.samples_of(step)
         return plan_step(
-            step_samples(self._order, within, self.samples_per_step),
-            self.lengths,
-            self._costs,
+            numbers,
+            lengths,
+            self._cost,
             token_budget=self.token_budget,
             world=self.world,
+            rank=rank,
             step=step,
-            epoch=epoch,
+            epoch=step // self.steps_per_epoch,
         )
+
+
+def _shifted(sample_id: Callable[[int], str], start: int) -> Callable[[int], str]:
+    return lambda row: sample_id(start + row)
 
 
 def plan_step(
     numbers: np.ndarray,
     lengths: Lengths,
-    costs: np.ndarray,
+    cost: CostModel,
     *,
     token_budget: int,
     world: int,
+    rank: int | None = None,
     step: int = 0,
     epoch: int = 0,
 ) -> StepPlan:
@@ -268,30 +215,88 @@ def plan_step(
 
     Args:
         numbers: (s,) int64, ascending: the step's samples.
-        costs: (n,) int64: cost of every sample of the index (`CostModel`).
+        lengths: of these samples.
+        rank: whose group to plan for; None: all ranks.
 
     Raises:
         PlanError: a sample longer than the budget.
     """
-    bins, lower_bound = split_step(numbers, lengths, costs, token_budget, world)
-    paid = np.array([[int(costs[b].sum()) for b in micro] for micro in bins])  # (n_micro, world)
+    slots, lower_bound = fit_step(numbers, lengths, token_budget, world)  # (n_micro * world, width)
+    n, n_micro = len(numbers), len(slots) // world
+    text, vision = cost.text(lengths), cost.vision(lengths)  # (n,)
+    costs = np.stack([np.append(text + vision, 0), np.append(text, 0), np.append(vision, 0)])  # (3, n + 1)
+    units = [np.append(values, 0.0) for values in (lengths.tokens, *(in_units(c, len(slots)) for c in (text, vision)))]
+    full = int(lengths.tokens.sum()) / (len(slots) * token_budget)
+    size = group_size(world, n_micro)
+    groups = deal(costs[2][slots].sum(axis=1), world // size)  # (groups, n_micro * size): every one its share of images
+    asked = range(world // size) if rank is None else (rank // size,)
+    bins: list[list[tuple[int, ...]]] = [[] for _ in range(n_micro)]
+    paid = np.zeros((3, n_micro, len(asked) * size), np.int64)
+    for place, group in enumerate(asked):
+        own = slots[groups[group]]
+        if world > 1:  # one rank waits for nobody
+            own = level(own, *units, token_budget, _ROUNDS if full < _TIGHT else 3 * _ROUNDS)
+        loads = costs[:, own].sum(axis=2)  # (3, n_micro * size)
+        order = ascending(loads[0]).reshape(n_micro, size)  # neighbours in cost run together
+        order[1::2] = order[1::2, ::-1].copy()  # the dearest of one micro-step is the cheapest of the next
+        paid[:, :, place * size : (place + 1) * size] = loads[:, order]
+        for micro, members in zip(bins, np.sort(own, axis=1)[order].tolist(), strict=True):
+            micro += [tuple(numbers[[i for i in row if i < n]].tolist()) for row in members]
     return StepPlan(
         step=step,
         epoch=epoch,
-        bins=tuple(tuple(tuple(b.tolist()) for b in micro) for micro in bins),
+        ranks=range(asked[0] * size, (asked[-1] + 1) * size),
+        bins=tuple(tuple(micro) for micro in bins),
+        costs=tuple(tuple(micro) for micro in paid[0].tolist()),
         totals=StepTotals(
-            samples=len(numbers),
-            supervised=int(lengths.supervised[numbers].sum()),
-            spans=int(lengths.spans[numbers].sum()),
-            tokens=int(lengths.tokens[numbers].sum()),
+            samples=n,
+            supervised=int(lengths.supervised.sum()),
+            spans=int(lengths.spans.sum()),
+            tokens=int(lengths.tokens.sum()),
         ),
         lower_bound=lower_bound,
-        dearest=int(paid.max(axis=1).sum()),
-        mean=float(paid.mean(axis=1).sum()),
+        dearest=Costs(*map(int, paid.max(axis=2).sum(axis=1))),
+        mean=Costs(*map(float, paid.mean(axis=2).sum(axis=1))),
     )
 
 
+def fit_step(numbers: np.ndarray, lengths: Lengths, token_budget: int, world: int) -> tuple[np.ndarray, int]:
+    """Put one step's samples into as few bins as are found: (n_micro * world, width) slots, and the lower bound.
+
+    Starts at the lower bound ceil(tokens / (world * budget)) and takes one micro-step more where `balance.fit` finds
+    no way. Every rank computes this for all ranks, and so knows how many micro-steps there are.
+    """
+    tokens = lengths.tokens
+    lower_bound = max(1, -(-int(tokens.sum()) // (world * token_budget)))
+    # With one bin per sample every bin fits, so the search ends.
+    for n_micro in range(lower_bound, max(lower_bound, len(tokens)) + 1):
+        slots = fit(tokens, n_micro * world, token_budget, lengths.patches)
+        if slots is not None:
+            return slots, lower_bound
+    raise PlanError(
+        f"no bins of {token_budget} tokens for samples {numbers.tolist()}; check_fits() names those too long"
+    )
+
+
+def group_size(world: int, n_micro: int) -> int:
+    """Ranks that are levelled together: the smallest divisor of the world with `_GROUP_BINS` bins, or the world.
+
+    Worlds are multiples of 8 in practice. One that is a large prime is one group, and slow to plan.
+    """
+    sizes = (size for size in range(1, world) if world % size == 0 and size * n_micro >= _GROUP_BINS)
+    return next(sizes, world)
+
+
+def imbalances(plans: Sequence[StepPlan]) -> Costs:
+    """Imbalance of many steps together, of each kind: sum of the dearest ranks' costs over the sum of the mean costs."""
+
+    def ratio(kind: str) -> float:
+        mean = sum(getattr(plan.mean, kind) for plan in plans)
+        return sum(getattr(plan.dearest, kind) for plan in plans) / mean if mean else 1.0
+
+    return Costs(total=ratio("total"), text=ratio("text"), vision=ratio("vision"))
+
+
 def run_imbalance(plans: Sequence[StepPlan]) -> float:
-    """Imbalance of many steps together: sum of the dearest ranks' costs over the sum of the mean costs."""
-    mean = sum(plan.mean for plan in plans)
-    return sum(plan.dearest for plan in plans) / mean if mean else 1.0
+    """`imbalances` of text and vision together."""
+    return imbalances(plans).total

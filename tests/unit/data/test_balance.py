@@ -1,4 +1,4 @@
-"""Bins under a budget, alike in cost: the properties that must hold whatever the numbers."""
+"""Bins under a budget: the properties that must hold whatever the numbers."""
 
 import itertools
 
@@ -7,31 +7,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilvr_ds.data.balance import partition
+from ilvr_ds.data.balance import ascending, deal, fit
 
 
-def check(bins: list[np.ndarray] | None, tokens: np.ndarray, costs: np.ndarray, count: int, budget: int) -> None:
-    assert bins is not None and len(bins) == count
-    assert sorted(np.concatenate(bins).tolist()) == list(range(len(tokens)))  # each sample once
-    assert max(int(tokens[b].sum()) for b in bins) <= budget
-    paid = [int(costs[b].sum()) for b in bins]
-    assert paid == sorted(paid)
-    assert all((np.diff(b) > 0).all() for b in bins)
+def check(slots: np.ndarray | None, tokens: np.ndarray, count: int, budget: int) -> None:
+    assert slots is not None and len(slots) == count
+    n = len(tokens)
+    assert sorted(slots[slots < n].tolist()) == list(range(n))  # each sample once
+    assert (slots <= n).all()
+    assert np.append(tokens, 0)[slots].sum(axis=1).max() <= budget
 
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_a_partition_is_valid_or_refused(data):
+def test_bins_are_valid_or_refused(data):
     budget = data.draw(st.integers(20, 60))
     tokens = np.array(data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=24)))
-    costs = np.array(data.draw(st.lists(st.integers(0, 10**15), min_size=len(tokens), max_size=len(tokens))))
-    group = data.draw(st.integers(1, 5))
-    count = group * data.draw(st.integers(1, 4))
-    bins = partition(tokens, costs, count, budget, group)
-    if bins is not None:
-        check(bins, tokens, costs, count, budget)
-        again = partition(tokens.copy(), costs.copy(), count, budget, group)
-        assert [b.tolist() for b in bins] == [b.tolist() for b in again]
+    second = np.array(data.draw(st.lists(st.integers(0, 10**15), min_size=len(tokens), max_size=len(tokens))))
+    count = data.draw(st.integers(1, 20))
+    slots = fit(tokens, count, budget, second)
+    if slots is not None:
+        check(slots, tokens, count, budget)
+        assert np.array_equal(slots, fit(tokens.copy(), count, budget, second.copy()))
     else:  # never refuses where room abounds: half of every bin stays free and no sample needs more than half
         assert 2 * int(tokens.sum()) > count * budget
 
@@ -44,9 +41,8 @@ def test_finds_what_exhaustive_search_finds_at_small_sizes(data):
     tokens = np.array(data.draw(st.lists(st.integers(1, 50), min_size=n, max_size=n)))
     sums = [int(tokens[np.array(mask, bool)].sum()) for mask in itertools.product([0, 1], repeat=n)]
     budget = min(max(s, int(tokens.sum()) - s) for s in sums)
-    bins = partition(tokens, tokens, 2, budget, 2)
-    check(bins, tokens, tokens, 2, budget)
-    assert partition(tokens, tokens, 2, budget - 1, 2) is None
+    check(fit(tokens, 2, budget), tokens, 2, budget)
+    assert fit(tokens, 2, budget - 1) is None
 
 
 @pytest.mark.parametrize("bins", [8, 64])
@@ -57,44 +53,36 @@ def test_a_nearly_full_step_fits(bins):
     cuts = np.sort(rng.integers(1, int(0.998 * budget), (bins, 4)), axis=1)
     tokens = np.diff(cuts, prepend=0, append=int(0.998 * budget), axis=1).ravel()
     tokens = rng.permutation(tokens[tokens > 0])
-    check(partition(tokens, tokens, bins, budget, bins), tokens, tokens, bins, budget)
-
-
-def test_costs_are_level_even_where_they_do_not_follow_length():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(300, 2800, 512)
-    costs = rng.permutation(tokens) ** 2
-    bins = partition(tokens, costs, 64, 16384, 32)
-    check(bins, tokens, costs, 64, 16384)
-    paid = np.array([costs[b].sum() for b in bins]).reshape(2, 32)
-    assert paid.max(axis=1).sum() / paid.mean(axis=1).sum() < 1.02
+    check(fit(tokens, bins, budget), tokens, bins, budget)
 
 
 def test_empty_bins_and_no_samples():
     tokens = np.array([5, 7])
-    bins = partition(tokens, tokens, 4, 10, 4)
-    check(bins, tokens, tokens, 4, 10)
-    assert [len(b) for b in bins] == [0, 0, 1, 1]
-    assert [len(b) for b in partition(tokens[:0], tokens[:0], 3, 10, 3)] == [0, 0, 0]
+    slots = fit(tokens, 4, 10)
+    check(slots, tokens, 4, 10)
+    assert sorted((slots < 2).sum(axis=1)) == [0, 0, 1, 1]
+    assert (fit(tokens[:0], 3, 10) == 0).all() and len(fit(tokens[:0], 3, 10)) == 3
 
 
 def test_more_tokens_than_room_is_refused():
     tokens = np.array([6, 6, 6])
-    assert partition(tokens, tokens, 2, 8, 2) is None
-    assert partition(tokens, tokens, 2, 10, 2) is None  # 18 of 20, but no two go together
+    assert fit(tokens, 2, 8) is None
+    assert fit(tokens, 2, 10) is None  # 18 of 20, but no two go together
 
 
-def test_huge_costs_do_not_drown_the_budget():
-    """Perfect costs (11, 11) need 12 tokens in a bin of 10: the budget comes first, however large the costs are."""
-    tokens, costs = np.array([6, 6, 4, 4]), np.array([10, 1, 8, 3]) * 2**50
-    bins = partition(tokens, costs, 2, 10, 2)
-    check(bins, tokens, costs, 2, 10)
-    assert [int(costs[b].sum()) // 2**50 for b in bins] == [9, 13]
+def test_dealing_levels_the_second_value_among_items_of_a_size():
+    rng = np.random.default_rng(0)
+    tokens, second = rng.integers(200, 2800, 4096), rng.integers(0, 10**6, 4096)
+    spread = [np.append(second, 0)[deal(tokens, 1024, other)].sum(axis=1).std() for other in (None, second)]
+    assert spread[1] < 0.5 * spread[0]
+    full = np.append(tokens, 0)[deal(tokens, 1024, second)].sum(axis=1)
+    assert full.max() <= 1.1 * full.mean()
 
 
-def test_exchanges_level_what_dealing_leaves():
-    """Dealing alone leaves the dearest of 32 bins of five 2-3 % above the mean."""
-    costs = np.random.default_rng(0).integers(300, 2800, 32 * 5)
-    bins = partition(np.ones(len(costs), np.int64), costs, 32, 1000, 32)
-    paid = [int(costs[b].sum()) for b in bins]
-    assert max(paid) <= 1.01 * np.mean(paid)
+@settings(deadline=None, max_examples=50)
+@given(values=st.lists(st.integers(0, 2**63 - 1), max_size=30))
+def test_order_is_the_stable_one(values):
+    array = np.array(values, dtype=np.int64)
+    assert ascending(array).tolist() == np.argsort(array, kind="stable").tolist()
+    small = array % 5  # with ties
+    assert ascending(small).tolist() == np.argsort(small, kind="stable").tolist()

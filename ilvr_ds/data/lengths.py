@@ -1,0 +1,137 @@
+"""How long samples are: the columns of the shard index that planning needs, read a slice at a time.
+
+An index of 100 million samples is 4 GB on disk. `IndexColumns` reads the rows of one shuffle window when they are
+needed and keeps none, so a planner's memory does not grow with the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+
+from ilvr_ds.errors import PlanError
+
+PATCHES_PER_TOKEN = 4  # 2x2 patches become one visual token
+_PIECE = 1 << 20  # rows of the index in memory at a time while all are looked at: 42 MB
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The columns of the shard index that planning needs, one entry per sample."""
+
+    tokens: np.ndarray  # (n,) int64: length of the sequence, input images and latent pads included
+    patches: np.ndarray  # (n,) int64: vision patches of input and helper images
+    supervised: np.ndarray  # (n,) int64: tokens with a label
+    spans: np.ndarray  # (n,) int64: latent spans
+
+    @classmethod
+    def from_index(cls, index: np.ndarray) -> Lengths:
+        """Of every row of the structured array of a shard set (`ilvr_ds.data.index`); copies: 32 bytes a row."""
+        text, images, helpers, supervised, spans = (
+            np.asarray(index[name], dtype=np.int64)
+            for name in ("text_tokens", "image_tokens", "helper_tokens", "supervised", "spans")
+        )
+        return cls(text + images, PATCHES_PER_TOKEN * (images + helpers), supervised, spans)
+
+    @classmethod
+    def join(cls, parts: list[Lengths]) -> Lengths:
+        """Several, one after the other."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def take(self, rows: np.ndarray | slice) -> Lengths:
+        """Of the samples `rows` only, in that order."""
+        return Lengths(self.tokens[rows], self.patches[rows], self.supervised[rows], self.spans[rows])
+
+    def longest_pieces(self) -> Iterator[np.ndarray]:
+        """The tokens of all samples, in pieces."""
+        yield self.tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class IndexColumns:
+    """`Lengths` of any slice of an index that may be memory-mapped and larger than memory.
+
+    Picklable: a memory map travels as its file name, not as its bytes.
+    """
+
+    def __init__(self, index: np.ndarray):
+        self._index = index  # (samples,) INDEX_DTYPE
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def take(self, rows: slice) -> Lengths:
+        """Of the samples of a slice."""
+        return Lengths.from_index(self._index[rows])
+
+    def longest_pieces(self) -> Iterator[np.ndarray]:
+        """The tokens of all samples, in pieces. Reads the file, so that no page of a map stays resident."""
+        for begin in range(0, len(self), _PIECE):
+            count = min(_PIECE, len(self) - begin)
+            if isinstance(self._index, np.memmap):
+                place = self._index.offset + begin * self._index.dtype.itemsize
+                rows = np.fromfile(self._index.filename, self._index.dtype, count, offset=place)
+            else:
+                rows = self._index[begin : begin + count]
+            yield rows["text_tokens"].astype(np.int64) + rows["image_tokens"]
+
+    def __reduce__(self) -> tuple:
+        if isinstance(self._index, np.memmap):
+            index = self._index
+            return _reopen, (str(index.filename), index.dtype.descr, index.offset, len(index))
+        return IndexColumns, (self._index,)
+
+
+def _reopen(path: str, descr: list, offset: int, rows: int) -> IndexColumns:
+    if rows == 0:  # an empty file cannot be mapped
+        return IndexColumns(np.zeros(0, np.dtype(descr)))
+    return IndexColumns(np.memmap(path, np.dtype(descr), "r", offset, (rows,)))
+
+
+class LengthTable(Protocol):
+    """What a planner asks of the lengths of a source: `Lengths` in memory, or `IndexColumns` on disk."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: slice) -> Lengths:
+        """Of the samples of a slice."""
+        ...
+
+    def longest_pieces(self) -> Iterator[np.ndarray]:
+        """The tokens of all samples, in pieces."""
+        ...
+
+
+def check_fits(lengths: LengthTable, token_budget: int, sample_id: Callable[[int], str] = str) -> int:
+    """Tokens of the longest sample. One pass over the lengths, a piece at a time.
+
+    Args:
+        sample_id: names a sample number in the message (`ShardSet.sample_id`).
+
+    Raises:
+        PlanError: there is nothing to plan, or a sample is longer than a micro-batch may be.
+    """
+    if len(lengths) == 0:
+        raise PlanError("the shard index is empty; see rejects.jsonl beside the shards for why records were refused")
+    named: list[str] = []
+    count = longest = begin = 0
+    for tokens in lengths.longest_pieces():
+        longest = max(longest, int(tokens.max()))
+        if longest > token_budget:
+            over = np.flatnonzero(tokens > token_budget)
+            count += len(over)
+            more = over[: 5 - len(named)].tolist()
+            named += [f"{sample_id(begin + n)!r} ({tokens[n]} tokens)" for n in more]
+        begin += len(tokens)
+    if count:
+        raise PlanError(
+            f"{count} of {len(lengths)} samples are longer than data.token_budget={token_budget}: {', '.join(named)}"
+            f"{', ...' if count > 5 else ''}. Raise data.token_budget to {longest} or more, "
+            "or rebuild the shards with --max-tokens"
+        )
+    return longest

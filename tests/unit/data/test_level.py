@@ -1,0 +1,71 @@
+"""Bins alike in text and vision at once, never over the budget, never a sample lost."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ilvr_ds.data.balance import fit
+from ilvr_ds.data.level import UNIT, in_units, level
+
+
+def leveled(tokens, text, vision, bins, budget, rounds=24):
+    slots = fit(tokens, bins, budget)
+    units = [np.append(values, 0.0) for values in (tokens, in_units(text, bins), in_units(vision, bins))]
+    return slots, level(slots, *units, budget, rounds)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_no_sample_is_lost_and_no_bin_goes_over(data):
+    n, bins = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 9))
+    tokens, text, vision = (
+        np.array(data.draw(st.lists(st.integers(low, high), min_size=n, max_size=n)))
+        for low, high in ((1, 20), (0, 10**17), (0, 10**17))
+    )
+    budget = data.draw(st.integers(20, 120))
+    slots = fit(tokens, bins, budget)
+    if slots is None:
+        return
+    _, after = leveled(tokens, text, vision, bins, budget)
+    assert sorted(after[after < n].tolist()) == list(range(n))
+    assert np.append(tokens, 0)[after].sum(axis=1).max() <= budget
+    again = leveled(tokens, text, vision, bins, budget)[1]
+    assert np.array_equal(after, again)
+
+
+def test_both_costs_are_level_even_where_they_are_opposed():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(200, 2800, 32 * 4)
+    text, vision = tokens * 10**9, rng.permutation(tokens.max() - tokens) * 10**7
+    before, after = leveled(tokens, text, vision, 32, 16384)
+    for costs, good in ((text, 1.04), (vision, 1.06)):
+        loads = np.append(costs, 0)[after].sum(axis=1)
+        assert loads.max() <= good * loads.mean()
+    loads = np.append(vision, 0)[before].sum(axis=1)
+    assert loads.max() > 1.2 * loads.mean()  # what there was to do
+
+
+def test_bins_of_many_samples_take_turns():
+    """More samples than are shared out at a time: those at the end get their turn too."""
+    rng = np.random.default_rng(1)
+    tokens = np.full(64, 10)
+    vision = rng.integers(1, 1000, 64) * 10**6
+    _, after = leveled(tokens, tokens, vision, 4, 1000)
+    loads = np.append(vision, 0)[after].sum(axis=1)
+    assert loads.max() <= 1.04 * loads.mean()
+
+
+def test_the_budget_comes_before_level_costs():
+    """Perfect costs (11, 11) need 12 tokens in a bin of 10, however large the costs are."""
+    tokens, costs = np.array([6, 6, 4, 4]), np.array([10, 1, 8, 3]) * 2**50
+    _, after = leveled(tokens, costs, costs, 2, 10)
+    assert sorted(int(c) // 2**50 for c in np.append(costs, 0)[after].sum(axis=1)) == [9, 13]
+
+
+@pytest.mark.parametrize("scale", [1, 10**6, 2**55])
+def test_units_are_whole_numbers_around_the_mean_bin(scale):
+    costs = np.array([1, 2, 3, 1, 2, 3, 1, 3]) * scale
+    units = in_units(costs, 4)
+    assert (units == np.floor(units)).all() and units.sum() == pytest.approx(4 * UNIT, rel=0.3)
+    assert (in_units(np.zeros(3, np.int64), 2) == 0).all()
