@@ -1,0 +1,197 @@
+"""Workers that die, disks that are full: a clear end, or none at all, and nothing half-written."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_tools.build_shards import main
+from ilvr_ds.data.build import BuildSettings, build
+from ilvr_ds.data.build_pool import WorkerPool
+from ilvr_ds.data.build_settings import prepare_folder
+from ilvr_ds.data.build_worker import Task, Work, finished_shard
+from ilvr_ds.data.formats.source import open_source
+from ilvr_ds.errors import ShardError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+# A module of its own, for worker processes to import: the real source, with a record that ends its reader.
+DEADLY_SOURCE = """
+import os
+from pathlib import Path
+
+class DeadlySource:
+    def __init__(self, source, place, signals, log):
+        self.source, self.place, self.signals, self.log = source, place, signals, Path(log)
+        self.sha256 = source.sha256
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, start, stop):
+        for place, item in zip(range(start, stop), self.source.read(start, stop), strict=True):
+            if place == self.place:
+                with self.log.open("a") as log:
+                    log.write("x")
+                tried = len(self.log.read_text())
+                if tried <= len(self.signals):
+                    if self.signals[tried - 1] == 0:
+                        raise ZeroDivisionError("a bug")
+                    os.kill(os.getpid(), self.signals[tried - 1])
+            yield item
+"""
+
+
+def files(folder) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+@dataclass
+class Trial:
+    work: Work
+    log: Path
+    calm: Path  # the same build, undisturbed
+
+    def run(self) -> list:
+        """Records 0-2 and 3-5 as two shards by two workers; the summaries by number."""
+        with WorkerPool(self.work, 2, lambda pool: None) as pool:
+            done = [summary for _, summary in pool.run([Task(0, 3, 0), Task(3, 6, 1)])]
+        return sorted(done, key=lambda summary: summary.number)
+
+    @property
+    def tries(self) -> int:
+        return len(self.log.read_text())
+
+
+@pytest.fixture
+def trial(write_records, good_record, tokenizer, tmp_path, monkeypatch):
+    """`trial(signals)`: reading record 4 (the second of shard 1) ends the worker by each of the signals in turn."""
+    source = write_records([good_record(f"r{i}") for i in range(6)])
+    (tmp_path / "deadly_source.py").write_text(DEADLY_SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = BuildSettings(source, "ilvr", tmp_path, tmp_path / "calm", samples_per_shard=3)
+    build(settings, tokenizer, lambda progress: None)
+
+    def make(*signals: int) -> Trial:
+        from deadly_source import DeadlySource
+
+        settings = BuildSettings(source, "ilvr", tmp_path, tmp_path / "out", samples_per_shard=3)
+        prepare_folder(settings.out)
+        real = open_source(source, "ilvr", tmp_path / "out" / "progress")
+        deadly = DeadlySource(real, 4, signals, tmp_path / "log")
+        return Trial(Work(settings, deadly, tokenizer), tmp_path / "log", tmp_path / "calm")
+
+    yield make
+    sys.modules.pop("deadly_source", None)
+
+
+@pytest.mark.parametrize("ends", [(signal.SIGKILL,) * 2, (signal.SIGTERM, signal.SIGSEGV, signal.SIGKILL)])
+def test_a_worker_that_dies_by_chance_costs_nothing(trial, ends):
+    """Kills are never the record's fault, and one crash may be chance: the record is built."""
+    case = trial(*ends)
+    summaries = case.run()
+    assert case.tries == len(ends) + 1
+    assert [summary.samples for summary in summaries] == [3, 3]
+    for name, digest in files(case.work.settings.out).items():
+        if name.endswith(".tar"):
+            assert digest == files(case.calm)[name]
+
+
+def test_a_record_that_crashes_its_worker_twice_is_rejected(trial):
+    case = trial(signal.SIGSEGV, signal.SIGABRT)
+    assert [summary.samples for summary in case.run()] == [3, 2]
+    assert case.tries == 2  # not read a third time
+    (reject,) = finished_shard(case.work.settings.out, 1).rejects
+    assert reject["reason"] == "worker_died" and reject["origin"] == f"{case.work.settings.source}:5"
+    assert "SIGABRT" in reject["message"]
+    assert finished_shard(case.work.settings.out, 0).rejects == []
+
+
+def test_killed_again_and_again_is_an_error_that_names_the_record(trial):
+    case = trial(*[signal.SIGKILL] * 9)
+    with pytest.raises(ShardError, match=r"SIGKILL.*at record 5 of .*records\.jsonl.*--workers"):
+        case.run()
+    assert case.tries == 3
+    assert (
+        finished_shard(case.work.settings.out, 1) is None and not (case.work.settings.out / "shard-000001.tar").exists()
+    )
+
+
+def test_a_bug_in_a_worker_ends_the_build(trial):
+    case = trial(0)
+    with pytest.raises(RuntimeError, match="exit code 1 at record 5"):
+        case.run()
+    assert case.tries == 1
+
+
+def test_no_worker_is_left_behind(trial):
+    case = trial(signal.SIGKILL)
+    before = {p.pid for child in psutil.Process().children() for p in child.children()}
+    case.run()
+    assert {p.pid for child in psutil.Process().children() for p in child.children()} <= before
+
+
+@pytest.fixture
+def command(tokenizer_folder):
+    """The arguments of a build_shards command."""
+
+    def make(source, out, workers: int) -> list[str]:
+        options = ["--input", source, "--tokenizer", tokenizer_folder, "--out", out, "--workers", workers]
+        return [str(option) for option in [*options, "--samples-per-shard", 4]]
+
+    return make
+
+
+def test_no_room_for_a_shard(command, write_records, good_record, tmp_path):
+    """The system refuses files above a size, as a full disk refuses more bytes: exit 1, whole files only; with room the
+    same command goes on where it stopped."""
+    source = write_records([good_record(f"r{i}", image_input=["c.png"] * (1 + 4 * (i // 8))) for i in range(12)])
+    assert main(command(source, tmp_path / "calm", 0)) == 0
+    sizes = [(tmp_path / "calm" / f"shard-00000{n}.tar").stat().st_size for n in range(3)]
+    limit = max(sizes[:2]) // 1024 + 4  # KiB; the third shard is larger
+    assert sizes[2] > (limit + 20) * 1024
+    limited = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", sys.executable, "data_tools/build_shards.py"]
+    full = subprocess.run(
+        [*limited, *command(source, tmp_path / "out", 2)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert full.returncode == 1
+    assert "shard-000002.tar: cannot write: File too large; make room" in full.stderr
+    assert "Traceback" not in full.stderr
+    left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert not [name for name in left if name.endswith(".tmp")]
+    assert not left & {"shard-000002.tar", "shard-000002.json", "manifest.json"}
+    assert main(command(source, tmp_path / "out", 0)) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "calm")
+
+
+def test_targets_and_inputs_that_cannot_be_used(command, write_records, good_record, tmp_path, capsys):
+    source = write_records([good_record("a")])
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing/here")):
+        assert main(command(source, out, 0)) == 1
+        error = capsys.readouterr().err
+        assert f"error: {out}" in error and "cannot write" in error
+    assert main(command(tmp_path, tmp_path / "out", 0)) == 1
+    assert f"--input {tmp_path}: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_shard_is_never_left_without_its_bytes(tokenizer, write_records, good_record, tmp_path):
+    """All names of a build that is through: no temporary one, in OUT or in OUT/progress."""
+    source = write_records([good_record(f"r{i}") for i in range(4)])
+    settings = BuildSettings(source, "ilvr", tmp_path, tmp_path / "out", samples_per_shard=2)
+    build(settings, tokenizer, lambda progress: None, workers=2)
+    names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*"))
+    assert names == ["index.npy", "manifest.json", "progress", "progress/build.json", "progress/shard-000000.json",
+                     "progress/shard-000001.json", "progress/survey.npz", "rejects.jsonl", "shard-000000.tar",
+                     "shard-000001.tar"]  # fmt: skip
