@@ -17,6 +17,24 @@ def gather_numbers(values: Sequence[float], device: torch.device) -> list[list[f
     return everyone.view(-1, mine.numel()).tolist()
 
 
+def sum_over_ranks(device: torch.device) -> Callable[[Sequence[float]], list[float]]:
+    """A function that adds up a few numbers over ranks: one all-reduce of 8 bytes each a call."""
+
+    def add_up(numbers: Sequence[float]) -> list[float]:
+        sums = torch.tensor(list(numbers), dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    return add_up
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Any picklable object of every rank, by rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def largest_over_ranks(device: torch.device) -> Callable[[int], int]:
     """A function that turns this rank's integer into the largest of all ranks': one all-reduce of 8 bytes a call."""
 

@@ -17,6 +17,11 @@ from ilvr_ds.objective.student import load_student
 Objective = AlignmentObjective | RelaxedObjective | PooledObjective | PauseObjective
 
 
+def reads_helpers(recipe: Recipe) -> bool:
+    """Whether the objective looks at helper images; if not, nobody decodes them."""
+    return recipe.latent.source in ("teacher", "pooled")
+
+
 def build_objective(
     recipe: Recipe,
     vocabulary: Vocabulary,

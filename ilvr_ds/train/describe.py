@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from ilvr_ds.config import Recipe
@@ -18,7 +17,7 @@ def describe(recipe: Recipe, world: int) -> dict[str, Any]:
     Raises:
         ConfigError, ShardError, PlanError: as a run would, before anything is trained.
     """
-    shards = ShardSet.open(Path(recipe.data.shards))
+    shards = ShardSet.from_config(recipe.data)
     lengths = Lengths.from_index(shards.index)
     planner = Planner(
         lengths, seed=recipe.run.seed, samples_per_step=recipe.data.samples_per_step,

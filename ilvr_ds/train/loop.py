@@ -18,7 +18,7 @@ from ilvr_ds.data.loader import LoadedStep, StepLoader
 from ilvr_ds.data.plan import CostModel, Lengths, StepPlan, check_fits, steps_per_epoch
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
-from ilvr_ds.engine.agree import from_rank_zero, gather_numbers, largest_over_ranks
+from ilvr_ds.engine.agree import from_rank_zero, gather_numbers, gather_objects, largest_over_ranks, sum_over_ranks
 from ilvr_ds.engine.build import Engine, build_engine
 from ilvr_ds.engine.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, read_state, save_checkpoint
 from ilvr_ds.engine.distributed import init_distributed
@@ -27,7 +27,8 @@ from ilvr_ds.engine.step import train_step
 from ilvr_ds.errors import CheckpointError, ConfigError, IlvrError, TrainingError
 from ilvr_ds.model.backbone import read_config
 from ilvr_ds.model.flops import FlopsModel, peak_flops
-from ilvr_ds.objective.build import build_objective
+from ilvr_ds.objective.build import build_objective, reads_helpers
+from ilvr_ds.train.bad_samples import BAD_SAMPLES_FILE, BadSamples, truncate_bad_samples
 from ilvr_ds.train.metrics import METRICS_FILE, MetricsWriter, truncate_metrics
 from ilvr_ds.train.rundir import check_resumable, write_recipe
 from ilvr_ds.train.schedule import learning_rate
@@ -63,7 +64,7 @@ def train(recipe: Recipe) -> int:
     """
     with StopRequest() as stop:
         rank, world, device = init_distributed()
-        shards = ShardSet.open(Path(recipe.data.shards))
+        shards = ShardSet.from_config(recipe.data)
         tokenizer = ChatTokenizer.from_folder(Path(recipe.model.path))
         check_fits(Lengths.from_index(shards.index), recipe.data.token_budget, shards.sample_id)
         schedule = Schedule.of(recipe, len(shards.index))
@@ -75,6 +76,7 @@ def train(recipe: Recipe) -> int:
             shards, tokenizer, recipe.data, latent_size=recipe.latent.size, reduction=recipe.loss.reduction,
             seed=recipe.run.seed, rank=rank, world=world, start_step=start.step,
             total_steps=schedule.last_step(recipe), cost=cost_model(recipe), pin_memory=device.type == "cuda",
+            decode_helpers=reads_helpers(recipe),
         ) as loader:  # fmt: skip
             steps = iter(loader)  # the workers start now, while the model is being loaded
             objective = build_objective(
@@ -96,6 +98,7 @@ class _Start:
 
     step: int  # optimizer steps already done
     checkpoint: str | None
+    bad_samples: tuple[int, ...] = ()  # met before
 
 
 def _find_start(recipe: Recipe, shards: ShardSet) -> _Start | IlvrError:
@@ -108,7 +111,7 @@ def _find_start(recipe: Recipe, shards: ShardSet) -> _Start | IlvrError:
                 f"run.resume=False, but {run_dir} already holds a run; choose another run.dir or remove it"
             )
         if newest is None:
-            return _Start(0, None)
+            return _Start(0, None, truncate_bad_samples(run_dir, 0))
         state = read_state(newest)
         check_resumable(state["recipe"], recipe, str(newest))
         if state["index_sha256"] != shards.manifest.index_sha256:
@@ -116,7 +119,7 @@ def _find_start(recipe: Recipe, shards: ShardSet) -> _Start | IlvrError:
                 f"{newest}: was trained on other shards than {recipe.data.shards} (the index differs); "
                 "resume with the shards of that run, or start a new run in another run.dir"
             )
-        return _Start(state["step"], str(newest))
+        return _Start(state["step"], str(newest), truncate_bad_samples(run_dir, state["step"]))
     except IlvrError as error:
         return error
 
@@ -131,12 +134,19 @@ class _Run:
             engine.module.student.config,
             recipe.model.train_vision,
             has_teacher=recipe.teacher is not None,
-            reads_helpers=recipe.latent.source in ("teacher", "pooled"),
+            reads_helpers=reads_helpers(recipe),
         )
         on_gpu = engine.device.type == "cuda"
         self.peak = peak_flops(torch.cuda.get_device_name(engine.device)) if on_gpu else None
         self.writer: MetricsWriter | None = None
         self.skipped_in_a_row = 0
+        self.bad = BadSamples(
+            recipe.data.max_bad_samples,
+            start.bad_samples,
+            self.run_dir / BAD_SAMPLES_FILE if engine.rank == 0 else None,
+            sum_over_ranks(engine.device),
+            gather_objects,
+        )
 
     def go(self, loader: StepLoader, steps: Iterator[LoadedStep], stop: StopRequest) -> int:
         """Train to the end of the schedule, the pause the recipe asks for, or a signal."""
@@ -149,7 +159,11 @@ class _Run:
         stopped = False
         try:
             begin = time.perf_counter()
-            for step, plan, batches in steps:
+            for step, plan, planned in steps:
+                batches, totals = self.bad.settle(
+                    step + 1, plan.totals, planned, loader.last_bad, self.recipe.loss.reduction
+                )
+                plan = dataclasses.replace(plan, totals=totals)  # what is trained on
                 stopped = self._one_step(step, plan, batches, loader.last_wait_s, begin, stop)
                 done = step + 1
                 if done % self.recipe.run.checkpoint_every == 0 or done == last or stopped:
@@ -226,6 +240,7 @@ class _Run:
                     "teacher_tflops_per_rank": sum(everyone[5]) / step_s / engine.world / 1e12,
                     "mfu": None if self.peak is None else student_rate / self.peak,
                     "memory_gib": max(everyone[3]),
+                    "bad_samples": len(self.bad),
                     "eta_s": (self.schedule.total_steps - step - 1) * step_s,
                 }
             )
