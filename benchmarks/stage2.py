@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=160, help="text tokens of a sample")
     parser.add_argument("--image", type=int, default=100, help="visual tokens of its input image")
     parser.add_argument("--spans", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
-    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each way, after a warm-up")
+    parser.add_argument("--repeats", type=int, default=2, help="measured runs of each way, after a warm-up")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all ways")
     args = parser.parse_args()
     torch.set_num_threads(1)
