@@ -263,3 +263,11 @@ def test_an_index_of_other_bytes(folder, tokenizer_folder, capsys):
 def test_no_worker_is_refused(folder):
     with pytest.raises(SystemExit):
         main([str(folder), "--workers", "0"])
+
+
+def test_an_unreadable_sample_does_not_hide_the_next_one(folder, tokenizer_folder, capsys):
+    change_member(folder, "000000002.json", lambda data: b"{")
+    change_index(folder, 3, supervised=7)
+    found = problems(folder, tokenizer_folder, capsys, 1)
+    assert len(found) == 2
+    assert "000000002.json is missing or not" in found[0] and "key 000000003: field 'supervised'" in found[1]
