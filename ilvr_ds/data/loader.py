@@ -28,9 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from ilvr_ds.config import DataConfig
 from ilvr_ds.contracts import PackedBatch
 from ilvr_ds.data.bad_samples import BadSample
+from ilvr_ds.data.blended_shards import BlendedShards
 from ilvr_ds.data.bundle import Bundle, Failure
+from ilvr_ds.data.cost import CostModel
 from ilvr_ds.data.packing import check_sample, filler_batch, pack
-from ilvr_ds.data.plan import CostModel, Lengths, Planner, StepPlan
+from ilvr_ds.data.plan import Planner, StepPlan
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import BatchError, IlvrError, ShardError
@@ -68,7 +70,7 @@ class StepLoader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | BlendedShards,
         tokenizer: ChatTokenizer,
         data: DataConfig,
         *,
@@ -91,11 +93,12 @@ class StepLoader:
             raise ValueError(f"rank {rank} of {world}")
         shards.require(tokenizer, latent_size)
         self.planner = Planner(
-            Lengths.from_index(shards.index),
+            shards.plan_sources(),
             seed=seed,
             samples_per_step=data.samples_per_step,
             token_budget=data.token_budget,
             world=world,
+            window=data.shuffle_window,
             cost=cost or CostModel(),
             sample_id=shards.sample_id,
         )
@@ -158,7 +161,7 @@ class _Steps(Dataset):
     def __init__(
         self,
         planner: Planner,
-        shards: ShardSet,
+        shards: ShardSet | BlendedShards,
         tokenizer: ChatTokenizer,
         rank: int,
         latent_size: int,
@@ -172,21 +175,21 @@ class _Steps(Dataset):
 
     def __getitem__(self, step: int) -> Bundle | Failure:
         try:
-            plan = self.planner.step(step)
+            plan = self.planner.step(step, self.rank)
             bins = plan.of_rank(self.rank)
             numbers = [number for own in bins for number in own]
             blobs = dict(zip(numbers, self.shards.read_bytes(numbers), strict=True))  # neighbours in one read
             bad: list[BadSample] = []
-            batches = [self._batch({number: blobs.pop(number) for number in own}, plan, bad) for own in bins]
+            batches = [self._batch([(number, blobs[number]) for number in own], plan, bad) for own in bins]
             return Bundle.of(plan, batches, tuple(bad))
         except IlvrError as error:
             # DataLoader would rebuild the exception from its message alone, which not every class allows.
             return Failure.of(error)
 
-    def _batch(self, blobs: dict[int, bytes], plan: StepPlan, bad: list[BadSample]) -> PackedBatch:
-        """Pack the samples of one bin, number -> bytes; with `keep_going`, bad ones go into `bad`."""
+    def _batch(self, blobs: list[tuple[int, bytes]], plan: StepPlan, bad: list[BadSample]) -> PackedBatch:
+        """Pack the samples of one bin, (number, bytes), maybe one twice; with `keep_going`, bad ones go into `bad`."""
         samples = []
-        for number, blob in blobs.items():
+        for number, blob in blobs:
             try:
                 sample = self.shards.load_sample(number, self.tokenizer, blob=blob, decode_helpers=self.decode_helpers)
                 if self.keep_going:
@@ -195,7 +198,7 @@ class _Steps(Dataset):
             except (BatchError, ShardError) as error:
                 if not self.keep_going:
                     raise
-                bad.append(BadSample.of(number, str(error), self.shards.index[number]))
+                bad.append(BadSample.of(number, str(error), self.shards.row(number)))
         if not samples:
             return filler_batch(self.tokenizer.vocabulary, self.latent_size)
         return pack(samples, self.tokenizer.vocabulary, self.latent_size, totals=plan.totals, reduction=self.reduction)

@@ -20,7 +20,9 @@ from ilvr_ds.contracts import Sample
 from ilvr_ds.data.byte_ranges import ByteRange
 from ilvr_ds.data.images import ImageError, image_to_patches, merged_tokens, read_image
 from ilvr_ds.data.index import Manifest, read_index, read_manifest
+from ilvr_ds.data.lengths import IndexColumns
 from ilvr_ds.data.local_files import LocalFiles
+from ilvr_ds.data.order import PlanSource
 from ilvr_ds.data.remote_files import RemoteFiles, is_url
 from ilvr_ds.data.remote_folder import RemoteSettings, fetch_folder
 from ilvr_ds.data.sample_format import RawSample, count_tokens, key_of, parse_sample
@@ -48,12 +50,12 @@ class ShardSet:
         self._here = here  # where index.npy and manifest.json lie on this machine
 
     @classmethod
-    def open(cls, folder: str | Path, remote: RemoteSettings | None = None) -> ShardSet:
+    def open(cls, folder: str | Path, remote: RemoteSettings | None = None, verify: bool = True) -> ShardSet:
         """Open a folder written by `data_tools/build_shards.py`, by its path or by a URL fsspec knows.
 
         Checks the manifest's version, the index's hash and length, and every local shard's size (not its bytes: each
         read checks its own, and `data_tools/check_shards.py` all). Raises ShardError naming the file and the command
-        to run, and for a URL ReadError and ConfigError.
+        to run, and for a URL ReadError and ConfigError. `verify` as in `read_index`.
         """
         remote = remote or RemoteSettings()
         if is_url(folder):
@@ -61,7 +63,7 @@ class ShardSet:
             return cls._behind(str(folder), fetch_folder(files, remote), remote)
         folder = Path(folder)
         manifest = read_manifest(folder)
-        index = read_index(folder, manifest)
+        index = read_index(folder, manifest, verify)
         for entry in manifest.shards:
             path = folder / entry.name
             size = path.stat().st_size if path.is_file() else None
@@ -79,11 +81,11 @@ class ShardSet:
         return cls.open(data.shards, RemoteSettings(data.cache_dir, int(data.cache_gib * 2**30)))
 
     @classmethod
-    def _behind(cls, url: str, here: Path, remote: RemoteSettings) -> ShardSet:
+    def _behind(cls, url: str, here: Path, remote: RemoteSettings, verify: bool = True) -> ShardSet:
         """A remote folder whose index is at `here` already."""
         manifest = read_manifest(here)
         files = RemoteFiles(url, remote.retry, remote.samples(), {e.name: e.sha256 for e in manifest.shards})
-        return cls(url, manifest, read_index(here, manifest), files, remote, here)
+        return cls(url, manifest, read_index(here, manifest, verify), files, remote, here)
 
     def __reduce__(self) -> tuple:  # a memory map does not pickle as one; a worker maps the index itself
         return _again, (self.folder, self._here, self._remote, self.manifest.index_sha256)
@@ -105,6 +107,19 @@ class ShardSet:
                 f"{self.folder}: the shards were counted with {self.manifest.latent_size} latents per span, "
                 f"the recipe's latent.size is {latent_size}; change latent.size, or {command}"
             )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is trained on: the hash of the index."""
+        return self.manifest.index_sha256
+
+    def plan_sources(self) -> list[PlanSource]:
+        """What the planner needs: the lengths, not read yet, and the samples of each shard."""
+        return [PlanSource(IndexColumns(self.index), tuple(entry.samples for entry in self.manifest.shards))]
+
+    def row(self, number: int) -> np.void:
+        """A row of the index, () INDEX_DTYPE."""
+        return self.index[number]
 
     def sample_id(self, number: int) -> str:
         """The record id of a sample, read from its tar."""
@@ -203,7 +218,12 @@ class ShardSet:
 
 def _again(folder: Path | str, here: Path, remote: RemoteSettings, index_sha256: str) -> ShardSet:
     """A shard set in another process: the same one, or ShardError."""
-    shards = ShardSet._behind(str(folder), here, remote) if is_url(folder) else ShardSet.open(folder, remote)
+    # The process this one works for has read the index from end to end; the manifest must still be the same.
+    shards = (
+        ShardSet._behind(str(folder), here, remote, verify=False)
+        if is_url(folder)
+        else ShardSet.open(folder, remote, verify=False)
+    )
     if shards.manifest.index_sha256 != index_sha256:
         raise ShardError(f"{folder}: the shards were built again while they are in use; start the run again")
     return shards
