@@ -25,7 +25,7 @@ class DecodeSettings:
     latent_size: int  # K
     max_new_tokens: int = 512  # latents and their markers counted
     max_spans: int | None = None  # after these `<|latent_start|>` is forbidden; None: no limit
-    early_end: bool = False  # leave a span when the model would say `<|latent_end|>` (the published behaviour)
+    early_end: bool = False  # leave a span when the model would say `<|latent_end|>` (docs/method.md)
     sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: tuple[int, ...] | None = None  # None: `<|im_end|>`
     pause: bool = False  # a model trained with empty pads: inputs within a span are the pad's embedding, no latents

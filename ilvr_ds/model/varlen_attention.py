@@ -11,6 +11,9 @@ With a `PackedCache` the keys are more than the queries: those of earlier calls 
 bottom-right aligned: the last query of a sequence sees all its keys, the one before it all but the last. That is
 what flash-attn computes since 2.1, and torch's varlen kernel, which is built from it (torch's own `causal_lower_right`
 hands over to the same kernel; tests/gpu/test_latent_chain.py). Queries that are alone need no mask and get none.
+Where the calls are: prompts and training samples have as many queries as keys, where both alignments agree; the text
+after a span of stage 2 (`latent_chain`) has fewer, where they do not, so flash-attn before 2.1 is refused; the steps of
+decoding and of the chain are single queries (`ilvr_ds.inference.one_token` calls no varlen kernel at all).
 
 The registered names contain "flash" so that Qwen2.5-VL's vision tower hands over `cu_seqlens` in one call
 instead of one call per window, and they have no entry in the mask registry so that no T x T mask is built.
@@ -23,12 +26,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -75,6 +80,11 @@ def missing_for(backend: str, device: torch.device, dtype: torch.dtype) -> str |
         return f"its kernels compute in bfloat16 or float16, got {dtype}"
     if backend == "flash_attn" and _flash_attn_module() is None:
         return "no flash-attn package is installed (pip install flash-attn)"
+    if backend == "flash_attn" and _flash_attn_module() == "flash_attn" and not _aligned_to_the_last_key():
+        return (
+            "the installed flash-attn is older than 2.1, or its version cannot be told: before 2.1 causal meant that "
+            "the first query sees the first key only, also after cached keys; upgrade flash-attn"
+        )
     if backend == "torch_varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen (it came with torch 2.10)"
     return None
@@ -206,6 +216,15 @@ def _flash_attn_module() -> str | None:
     if spec.origin is not None:
         return "flash_attn"
     return "flash_attn.cute" if importlib.util.find_spec("flash_attn.cute") is not None else None
+
+
+@functools.cache
+def _aligned_to_the_last_key() -> bool:
+    """The `flash_attn` package computes causal attention aligned to the last key (since 2.1), as cached calls need."""
+    try:
+        return Version(importlib.metadata.version("flash_attn")).release >= (2, 1)
+    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+        return False
 
 
 for _backend, _kernel in (("flash_attn", _flash_attn), ("torch_varlen", _torch_varlen), ("sdpa", per_sequence)):

@@ -75,3 +75,12 @@ def test_latents_are_the_states_before_each_pad(golden, decode_check):
         ).last_hidden_state[0]
     torch.testing.assert_close(generation.latents, hidden[pads - 1], rtol=1e-4, atol=1e-5)
     assert network.lm_head(hidden[len(prompt.input_ids) - 1 : -1]).argmax(1)[:7].tolist() == list(generation.tokens[:7])
+
+
+def test_recorded_outputs_say_nothing_about_early_end(decode_check, golden):
+    """docs/method.md: they are the same whether the model may leave a span early or not."""
+    file = decode_check.DecodeFile(golden / "decode_open.safetensors")
+    for number, case in enumerate(file.cases):
+        early = file.decoder(number).generate([file.prompt(number)], file.settings(number, early_end=True))[0]
+        assert list(early.tokens) == case["new_tokens"]
+        assert set(early.span_lengths) == {file.json["latent_size"]}
