@@ -22,6 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from ilvr_ds.errors import ConfigError
+from ilvr_ds.recipe_rules import check_ranges
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,22 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One of several shard folders that are blended."""
+
+    shards: str  # as data.shards
+    weight: float = 1.0  # its share of every step's samples, relative to the other weights
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which shards, and how an optimizer step is cut from them."""
 
-    shards: str  # folder written by data_tools/build_shards.py
+    shards: str | None = None  # folder written by data_tools/build_shards.py; or several, with weights, in sources
     samples_per_step: int = 64  # over all ranks; an optimizer step is this fixed set of samples
     token_budget: int = 8192  # tokens per rank and micro-batch, at most
+    sources: tuple[SourceConfig, ...] = ()  # instead of shards: folders to blend; each goes through its own epochs
+    shuffle_window: int = 65_536  # samples shuffled together; reads stay within the shards of one window
     workers: int = 1  # decoding processes per rank; 0 decodes in the training process
     prefetch_steps: int = 2  # steps decoded ahead
     max_bad_samples: int = 0  # samples of a run that may turn out unreadable and be left out; 0: the first ends the run
@@ -131,7 +142,7 @@ class Recipe:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        _check_ranges(self)
+        check_ranges(self)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -161,6 +172,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dictionaries, lists and scalars: `parse_recipe` of it is an equal recipe."""
     tree = dataclasses.asdict(recipe)
     tree["optimizer"]["betas"] = list(recipe.optimizer.betas)
+    tree["data"]["sources"] = list(tree["data"]["sources"])
     return tree
 
 
@@ -223,6 +235,8 @@ def _convert(kind: Any, value: Any, key: str, origin: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, key, origin)
+    if typing.get_origin(kind) is tuple and args[-1] is Ellipsis and isinstance(value, (list, tuple)):
+        return tuple(_convert(args[0], v, f"{key}[{i}]", origin) for i, v in enumerate(value))
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(args):
             raise ConfigError(f"{origin}: {key}={value!r}: expected a list of {len(args)} values")
@@ -235,63 +249,3 @@ def _convert(kind: Any, value: Any, key: str, origin: str) -> Any:
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ConfigError(f"{origin}: {key}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
     return value
-
-
-def _check_ranges(r: Recipe) -> None:
-    """Impossible values and combinations, one line each: (key, value, holds, what is allowed)."""
-    rules = [
-        ("run.epochs", r.run.epochs, r.run.epochs >= 1, "1 or more"),
-        ("run.max_steps", r.run.max_steps, r.run.max_steps is None or r.run.max_steps >= 1, "1 or more, or null"),
-        ("run.stop_after", r.run.stop_after, r.run.stop_after is None or r.run.stop_after >= 1, "1 or more, or null"),
-        ("run.seed", r.run.seed, 0 <= r.run.seed < 2**63, "0 to 2**63 - 1"),
-        ("run.checkpoint_every", r.run.checkpoint_every, r.run.checkpoint_every >= 1, "1 or more"),
-        ("run.keep_checkpoints", r.run.keep_checkpoints, r.run.keep_checkpoints >= 1, "1 or more"),
-        ("data.samples_per_step", r.data.samples_per_step, r.data.samples_per_step >= 1, "1 or more"),
-        ("data.token_budget", r.data.token_budget, r.data.token_budget >= 1, "1 or more"),
-        ("data.workers", r.data.workers, r.data.workers >= 0, "0 or more"),
-        ("data.max_bad_samples", r.data.max_bad_samples, r.data.max_bad_samples >= 0, "0 or more"),
-        ("data.cache_gib", r.data.cache_gib, r.data.cache_gib > 0, "above 0"),
-        ("data.prefetch_steps", r.data.prefetch_steps, r.data.prefetch_steps >= 1, "1 or more"),
-        ("latent.size", r.latent.size, r.latent.size >= 1, "1 or more"),
-        ("latent.noise_std", r.latent.noise_std, r.latent.noise_std >= 0, "0 or more"),
-        *_teacher_rules(r),
-        ("loss.ce_weight", r.loss.ce_weight, r.loss.ce_weight >= 0, "0 or more"),
-        ("loss.sim_weight", r.loss.sim_weight, r.loss.sim_weight >= 0, "0 or more"),
-        ("loss", (r.loss.ce_weight, r.loss.sim_weight), r.loss.ce_weight + r.loss.sim_weight > 0,
-         "ce_weight and sim_weight must not both be 0"),
-        ("optimizer.lr", r.optimizer.lr, r.optimizer.lr > 0, "above 0"),
-        ("optimizer.weight_decay", r.optimizer.weight_decay, r.optimizer.weight_decay >= 0, "0 or more"),
-        ("optimizer.betas", r.optimizer.betas, all(0 <= b < 1 for b in r.optimizer.betas), "0 to below 1, twice"),
-        ("optimizer.eps", r.optimizer.eps, r.optimizer.eps > 0, "above 0"),
-        ("optimizer.warmup_fraction", r.optimizer.warmup_fraction, 0 <= r.optimizer.warmup_fraction < 1,
-         "0 to below 1"),
-        ("optimizer.min_lr_fraction", r.optimizer.min_lr_fraction, 0 <= r.optimizer.min_lr_fraction <= 1, "0 to 1"),
-        ("optimizer.grad_clip", r.optimizer.grad_clip, r.optimizer.grad_clip >= 0, "0 (off) or more"),
-        ("engine.max_skipped_steps", r.engine.max_skipped_steps, r.engine.max_skipped_steps >= 0, "0 or more"),
-    ]  # fmt: skip
-    for key, value, holds, allowed in rules:
-        if not holds:
-            raise ConfigError(f"{key}={value!r}: allowed: {allowed}")
-
-
-def _teacher_rules(r: Recipe) -> list[tuple[str, Any, bool, str]]:
-    """What the teacher's section may hold, and that it is there exactly when latents come from it."""
-    t, source = r.teacher, r.latent.source
-    if t is None:
-        aligned = source == "pooled"
-        return [
-            ("teacher", None, source != "teacher",
-             "a section, as latent.source='teacher'; for stage 2 set latent.source=self"),
-            ("loss.sim_weight", r.loss.sim_weight, aligned or r.loss.sim_weight == 0,
-             f"0 with latent.source={source!r}: nothing to align with"),
-            ("loss.ce_weight", r.loss.ce_weight, aligned or r.loss.ce_weight > 0,
-             f"above 0 with latent.source={source!r}: it is the only loss"),
-        ]  # fmt: skip
-    return [
-        ("teacher", "a section", source == "teacher", f"null, as latent.source={source!r}: no teacher is asked"),
-        ("teacher.decay", t.decay, 0 <= t.decay <= 1, "0 to 1"),
-        ("teacher.coverage", t.coverage, 0 < t.coverage <= 1, "above 0, at most 1"),
-        ("teacher.temperature", t.temperature, t.temperature > 0, "above 0"),
-        ("teacher.max_candidates", t.max_candidates, t.max_candidates >= r.latent.size,
-         f"latent.size ({r.latent.size}) or more"),
-    ]  # fmt: skip

@@ -101,12 +101,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise ShardError(f"{path}: fields missing or unknown ({error}); build the shards again") from error
 
 
-def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
-    """Memory-map DIR/index.npy, (samples,) INDEX_DTYPE. Raises ShardError when it is not the manifest's index."""
+def read_index(folder: Path, manifest: Manifest, verify: bool = True) -> np.ndarray:
+    """Memory-map DIR/index.npy, (samples,) INDEX_DTYPE. Raises ShardError when it is not the manifest's index.
+
+    Its bytes are hashed in pieces, which reads the file once and keeps nothing of it in memory.
+
+    Args:
+        verify: False leaves the hash out (size and columns are still checked): for worker processes of one that has
+            looked.
+    """
     path = folder / INDEX_NAME
     command = f"run `python -m data_tools.check_shards {folder}`, then build the shards again"
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = file_sha256(path) if verify else manifest.index_sha256
         index = np.load(path, mmap_mode="r", allow_pickle=False) if digest == manifest.index_sha256 else None
     except FileNotFoundError:
         raise ShardError(f"{path}: no such file, but {MANIFEST_NAME} is there; {command}") from None
@@ -126,7 +133,7 @@ def write_index(folder: Path, rows: np.ndarray) -> str:
     temporary = folder / f"{INDEX_NAME}.tmp"
     with temporary.open("wb") as file:
         np.save(file, np.asarray(rows, dtype=INDEX_DTYPE), allow_pickle=False)
-    digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    digest = file_sha256(temporary)
     os.replace(temporary, folder / INDEX_NAME)
     return digest
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ilvr_ds.data.lengths import Lengths, LengthTable
+from ilvr_ds.errors import PlanError
 
 WINDOW = 65_536  # samples; the default of data.shuffle_window
 _KEPT = 2  # windows in memory: a step may lie across the edge of two
@@ -46,7 +47,10 @@ class SourceOrder:
         self.samples = len(source.lengths)
         shards = np.array([self.samples] if source.shards is None else source.shards, dtype=np.int64)  # (m,)
         if int(shards.sum()) != self.samples:
-            raise ValueError(f"the shards hold {int(shards.sum())} samples, the index has {self.samples}")
+            raise PlanError(
+                f"field 'shards' of the manifest counts {int(shards.sum())} samples, the index has {self.samples}; run "
+                "`python -m data_tools.check_shards DIR` on the shard folder"
+            )
         self._shards = shards
         self._begins = np.cumsum(shards) - shards  # (m,) first row of each shard
         self._number, self._seed, self._window = number, seed, window

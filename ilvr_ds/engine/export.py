@@ -116,7 +116,7 @@ def _input_pixels(state: dict[str, Any], recipe: Recipe) -> tuple[int, int]:
     if "input_pixels" in state:
         low, high = state["input_pixels"]
         return low, high
-    return read_manifest(Path(recipe.data.shards)).images.bounds("input")
+    return read_manifest(Path(recipe.data.shards or recipe.data.sources[0].shards)).images.bounds("input")
 
 
 def _summary(recipe: Recipe, state: dict[str, Any], weights: str, input_pixels: tuple[int, int]) -> dict[str, Any]:

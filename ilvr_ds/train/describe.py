@@ -6,9 +6,12 @@ import dataclasses
 from typing import Any
 
 from ilvr_ds.config import Recipe
-from ilvr_ds.data.plan import Lengths, Planner, run_imbalance
-from ilvr_ds.data.shards import ShardSet
-from ilvr_ds.train.loop import Schedule, cost_model
+from ilvr_ds.data.blended_shards import open_shards
+from ilvr_ds.data.plan import Planner, imbalances
+from ilvr_ds.train.cost import cost_model
+from ilvr_ds.train.loop import Schedule
+
+_STEPS = 2000  # planned at most; numbers of an epoch with more are those of its first part
 
 
 def describe(recipe: Recipe, world: int) -> dict[str, Any]:
@@ -17,25 +20,31 @@ def describe(recipe: Recipe, world: int) -> dict[str, Any]:
     Raises:
         ConfigError, ShardError, PlanError: as a run would, before anything is trained.
     """
-    shards = ShardSet.from_config(recipe.data)
-    lengths = Lengths.from_index(shards.index)
+    shards = open_shards(recipe.data)
     planner = Planner(
-        lengths, seed=recipe.run.seed, samples_per_step=recipe.data.samples_per_step,
+        shards.plan_sources(), window=recipe.data.shuffle_window, seed=recipe.run.seed,
+        samples_per_step=recipe.data.samples_per_step,
         token_budget=recipe.data.token_budget, world=world, cost=cost_model(recipe), sample_id=shards.sample_id,
     )  # fmt: skip
-    plans = [planner.step(step) for step in range(planner.steps_per_epoch)]
+    plans = [planner.step(step) for step in range(min(_STEPS, planner.steps_per_epoch))]
     micro_batches = sum(plan.n_micro for plan in plans)
-    tokens = sum(plan.totals.tokens for plan in plans)
+    tokens, samples, spans = (
+        sum(getattr(plan.totals, name) for plan in plans) for name in ("tokens", "samples", "spans")
+    )
+    balance = imbalances(plans)
     return {
         "recipe": recipe.name,
-        "samples": len(lengths),
-        **dataclasses.asdict(Schedule.of(recipe, len(lengths))),
+        "samples": len(shards),
+        **dataclasses.asdict(Schedule.of(recipe, len(shards))),
         "world": world,
-        "tokens_per_epoch": tokens,
-        "longest_sample_tokens": int(lengths.tokens.max()),
-        "spans_per_sample": float(lengths.spans.mean()),
+        "steps_planned": len(plans),
+        "tokens_per_epoch": round(tokens * planner.steps_per_epoch / len(plans)),
+        "longest_sample_tokens": planner.longest,
+        "spans_per_sample": spans / samples,
         "micro_batches_per_step": micro_batches / len(plans),
         "steps_at_lower_bound": sum(plan.n_micro == plan.lower_bound for plan in plans) / len(plans),
         "fill": tokens / (micro_batches * world * recipe.data.token_budget),
-        "imbalance": run_imbalance(plans),
+        "imbalance": balance.total,
+        "imbalance_text": balance.text,
+        "imbalance_vision": balance.vision,
     }

@@ -14,8 +14,9 @@ import torch
 
 from ilvr_ds.config import Recipe, recipe_to_dict
 from ilvr_ds.contracts import PackedBatch, StepReport
+from ilvr_ds.data.blended_shards import BlendedShards, open_shards
 from ilvr_ds.data.loader import LoadedStep, StepLoader
-from ilvr_ds.data.plan import CostModel, Lengths, StepPlan, check_fits, steps_per_epoch
+from ilvr_ds.data.plan import PLAN_VERSION, StepPlan, steps_per_epoch
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.engine.agree import from_rank_zero, gather_numbers, gather_objects, largest_over_ranks, sum_over_ranks
@@ -25,16 +26,17 @@ from ilvr_ds.engine.distributed import init_distributed
 from ilvr_ds.engine.partitioned_load import reads_partitions
 from ilvr_ds.engine.step import train_step
 from ilvr_ds.errors import CheckpointError, ConfigError, IlvrError, TrainingError
-from ilvr_ds.model.backbone import read_config
 from ilvr_ds.model.flops import FlopsModel, peak_flops
 from ilvr_ds.objective.build import build_objective, reads_helpers
 from ilvr_ds.train.bad_samples import BAD_SAMPLES_FILE, BadSamples, truncate_bad_samples
+from ilvr_ds.train.cost import cost_model, imbalance_of
 from ilvr_ds.train.metrics import METRICS_FILE, MetricsWriter, truncate_metrics
 from ilvr_ds.train.rundir import check_resumable, write_recipe
 from ilvr_ds.train.schedule import learning_rate
 from ilvr_ds.train.signals import StopRequest
 
 CHECKPOINTS = "checkpoints"  # in the run folder
+_Shards = ShardSet | BlendedShards
 EXIT_STOPPED = 75  # EX_TEMPFAIL: told to stop by a signal; a checkpoint is there, submit the job again
 
 
@@ -64,10 +66,9 @@ def train(recipe: Recipe) -> int:
     """
     with StopRequest() as stop:
         rank, world, device = init_distributed()
-        shards = ShardSet.from_config(recipe.data)
+        shards = open_shards(recipe.data)
         tokenizer = ChatTokenizer.from_folder(Path(recipe.model.path))
-        check_fits(Lengths.from_index(shards.index), recipe.data.token_budget, shards.sample_id)
-        schedule = Schedule.of(recipe, len(shards.index))
+        schedule = Schedule.of(recipe, len(shards))
         found = from_rank_zero(_find_start(recipe, shards) if rank == 0 else None)
         if isinstance(found, IlvrError):  # rank 0 found a reason not to start; every rank leaves with it
             raise found
@@ -101,7 +102,7 @@ class _Start:
     bad_samples: tuple[int, ...] = ()  # met before
 
 
-def _find_start(recipe: Recipe, shards: ShardSet) -> _Start | IlvrError:
+def _find_start(recipe: Recipe, shards: _Shards) -> _Start | IlvrError:
     """On rank 0: where to go on from; an error is returned, not raised, so that every rank can leave with it."""
     run_dir = Path(recipe.run.dir)
     try:
@@ -114,9 +115,14 @@ def _find_start(recipe: Recipe, shards: ShardSet) -> _Start | IlvrError:
             return _Start(0, None, truncate_bad_samples(run_dir, 0))
         state = read_state(newest)
         check_resumable(state["recipe"], recipe, str(newest))
-        if state["index_sha256"] != shards.manifest.index_sha256:
+        if state.get("plan_version", 1) != PLAN_VERSION:  # the first version did not write one
             raise CheckpointError(
-                f"{newest}: was trained on other shards than {recipe.data.shards} (the index differs); "
+                f"{newest}: field 'plan_version' is {state.get('plan_version', 1)}, this version of ilvr_ds has "
+                f"{PLAN_VERSION}: other samples per step. Finish that run with the version it was started with"
+            )
+        if state["index_sha256"] != shards.fingerprint:
+            raise CheckpointError(
+                f"{newest}: was trained on other shards or weights than the recipe's (the index differs); "
                 "resume with the shards of that run, or start a new run in another run.dir"
             )
         return _Start(state["step"], str(newest), truncate_bad_samples(run_dir, state["step"]))
@@ -127,7 +133,7 @@ def _find_start(recipe: Recipe, shards: ShardSet) -> _Start | IlvrError:
 class _Run:
     """State of a running training job on one rank."""
 
-    def __init__(self, recipe: Recipe, schedule: Schedule, engine: Engine, shards: ShardSet, start: _Start):
+    def __init__(self, recipe: Recipe, schedule: Schedule, engine: Engine, shards: _Shards, start: _Start):
         self.recipe, self.schedule, self.engine, self.shards, self.start = recipe, schedule, engine, shards, start
         self.run_dir = Path(recipe.run.dir)
         self.flops = FlopsModel(
@@ -185,7 +191,7 @@ class _Run:
             p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.student.parameters()
         )
         self.writer.say(
-            f"{recipe.name}: {len(self.shards.index)} samples, {self.schedule.steps_per_epoch} steps an epoch, "
+            f"{recipe.name}: {len(self.shards)} samples, {self.schedule.steps_per_epoch} steps an epoch, "
             f"{self.schedule.total_steps} steps in all; {engine.world} rank(s) on {engine.device.type}, "
             f"ZeRO-{engine.stage}, {recipe.model.dtype}, {parameters / 1e6:.2f} M parameters, "
             f"attention {engine.module.student.config._attn_implementation}"
@@ -206,7 +212,8 @@ class _Run:
         flops = [self.flops.of_batch(batch) for batch in batches]
         step_s = time.perf_counter() - begin
         mine = [float(stop.asked), wait_s, step_s, _memory_gib(engine.device),
-                sum(f.student for f in flops), sum(f.teacher for f in flops)]  # fmt: skip
+                sum(f.student for f in flops), sum(f.teacher for f in flops),
+                *plan.costs_of_rank(engine.rank)]  # fmt: skip
         everyone = list(zip(*gather_numbers(mine, engine.device), strict=True))
         step_s = max(everyone[2])
         report = StepReport(
@@ -222,7 +229,7 @@ class _Run:
             tokens=plan.totals.tokens,
             micro_batches=plan.n_micro,
             micro_batches_lower_bound=plan.lower_bound,
-            imbalance=plan.imbalance,
+            imbalance=imbalance_of(everyone[6:]),
             latents_per_span=outcome.latents / outcome.spans if outcome.spans else 0.0,
             coverage_bound_fraction=outcome.coverage_bound / outcome.spans if outcome.spans else 0.0,
             teacher_drift=outcome.teacher_drift,
@@ -263,31 +270,14 @@ class _Run:
         state = {
             "step": done,
             "recipe": recipe_to_dict(self.recipe),
-            "index_sha256": self.shards.manifest.index_sha256,
+            "plan_version": PLAN_VERSION,
+            "index_sha256": self.shards.fingerprint,
             "input_pixels": list(self.shards.manifest.images.bounds("input")),  # what an exported model is asked with
         }
         checkpoints = self.run_dir / CHECKPOINTS
         save_checkpoint(self.engine, checkpoints / f"step-{done:08d}", state)
         if self.engine.rank == 0:
             prune_checkpoints(checkpoints, self.recipe.run.keep_checkpoints)
-
-
-def cost_model(recipe: Recipe) -> CostModel:
-    """What a sample costs on this model, for balancing micro-batches over ranks."""
-    config = read_config(recipe.model.path)
-    text, vision = config.text_config, config.vision_config
-    return CostModel.from_dims(
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
-        intermediate=text.intermediate_size,
-        kv_width=text.num_key_value_heads * text.hidden_size // text.num_attention_heads,
-        vocabulary=text.vocab_size,
-        vision_hidden=vision.hidden_size,
-        vision_layers=vision.depth,
-        vision_intermediate=vision.intermediate_size,
-        recompute=recipe.model.gradient_checkpointing,
-        train_vision=recipe.model.train_vision,
-    )
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -17,7 +17,7 @@ RECIPE_FILE = "recipe.yaml"
 # memory is split, how many workers decode, how samples are packed into micro-batches) may change.
 _FIXED = {
     "run": ("seed", "epochs", "max_steps"),
-    "data": ("samples_per_step",),
+    "data": ("samples_per_step", "shuffle_window"),
     "model": ("dtype", "train_vision"),
     "latent": ("size", "noise_std", "source"),
     "teacher": ("decay", "coverage", "temperature", "max_candidates"),

@@ -13,7 +13,7 @@ ORDER = ["base", "data", "model", "objective", "engine", "train"]
 MAY_IMPORT = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)} | {
     "inference": {"base", "data", "model", "inference"}
 }
-BASE_MODULES = {"contracts", "config", "errors"}
+BASE_MODULES = {"contracts", "config", "recipe_rules", "errors"}
 
 
 def part_of(module: str) -> str:

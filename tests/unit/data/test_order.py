@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ilvr_ds.data.index import INDEX_DTYPE
 from ilvr_ds.data.lengths import IndexColumns, Lengths, check_fits
 from ilvr_ds.data.order import PlanSource, SourceOrder
+from ilvr_ds.errors import PlanError
 
 
 def lengths_of(n: int) -> Lengths:
@@ -107,5 +108,5 @@ def test_the_longest_is_found_in_pieces(tmp_path, monkeypatch, mapped):
 
 
 def test_shards_that_do_not_add_up():
-    with pytest.raises(ValueError, match="the shards hold 7 samples, the index has 8"):
+    with pytest.raises(PlanError, match="counts 7 samples, the index has 8"):
         SourceOrder(PlanSource(lengths_of(8), (3, 4)), number=0, seed=0, window=4)
