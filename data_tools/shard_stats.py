@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_tools.stats_plot import plot_stats
 from ilvr_ds.data.index import write_text
-from ilvr_ds.data.plan import Lengths, Planner, run_imbalance
+from ilvr_ds.data.plan import Lengths, Planner, imbalances
 from ilvr_ds.data.remote_folder import RemoteSettings
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.stats import COLUMNS, IndexStats, ValueCounts, read_stats
@@ -103,7 +103,9 @@ def plan_facts(
         "steps_planned": len(plans),
         "micro_batches_per_step": micro / len(plans),
         "steps_at_lower_bound": sum(plan.n_micro == plan.lower_bound for plan in plans) / len(plans),
-        "imbalance": run_imbalance(plans),
+        "imbalance": imbalances(plans).total,
+        "imbalance_text": imbalances(plans).text,
+        "imbalance_vision": imbalances(plans).vision,
         "fill": tokens / (micro * world * budget),
         "tokens_per_step": tokens / len(plans),
     }
@@ -140,7 +142,7 @@ def _plan_text(plans: list[dict[str, Any]], samples_per_step: int) -> str:
         "",
         f"Steps of {samples_per_step} samples:",
         f"{'budget':>8}{'world':>7}{'steps/epoch':>13}{'micro-batches':>15}{'at the bound':>14}{'fill':>8}"
-        f"{'imbalance':>11}",
+        f"{'imbalance':>11}{'text':>8}{'vision':>8}",
     ]
     for plan in plans:
         row = f"{plan['token_budget']:>8}{plan['world']:>7}{plan['steps_per_epoch']:>13,}"
@@ -150,6 +152,7 @@ def _plan_text(plans: list[dict[str, Any]], samples_per_step: int) -> str:
             lines.append(
                 f"{row}{plan['micro_batches_per_step']:>15.2f}{plan['steps_at_lower_bound']:>14.1%}"
                 f"{plan['fill']:>8.1%}{plan['imbalance']:>11.4f}"
+                f"{plan['imbalance_text']:>8.4f}{plan['imbalance_vision']:>8.4f}"
             )
     lines.append("fill: tokens of the budget used; imbalance: the dearest rank's cost over the mean (1 is perfect)")
     return "\n".join(lines)

@@ -109,6 +109,7 @@ def test_the_command(folder, tmp_path, capsys):
         assert plan["steps_per_epoch"] == plan["steps_planned"] == 4
         assert plan["micro_batches_per_step"] == sum(p.n_micro for p in plans) / 4
         assert plan["imbalance"] == run_imbalance(plans)
+        assert min(plan["imbalance_text"], plan["imbalance_vision"]) >= 1
         assert plan["fill"] == pytest.approx(lengths.tokens.sum() / (sum(p.n_micro for p in plans) * world * budget))
     assert {plan["token_budget"] for plan in report["plans"] if not plan["too_long"]} == {600}
     assert "samples are longer than the budget" in text
