@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 JOBS = 3
@@ -42,9 +43,7 @@ CONTROL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "
 
 
 def write_input(folder: Path, records: int) -> None:
-    """`records` records with pictures of noise, a tenth of them not usable, and a byte-level tokenizer."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
+    """`records` records with pictures of noise, a fifth of them not usable."""
     rng = np.random.default_rng(0)
     for number in range(8):
         pixels = rng.integers(0, 256, (200 + 20 * number, 240, 3), dtype=np.uint8)
@@ -61,6 +60,10 @@ def write_input(folder: Path, records: int) -> None:
         }  # fmt: skip
         lines.append("{" if number % 20 == 15 else json.dumps(record))
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer with the tokens of Qwen's chat format."""
     vocab = {character: i for i, character in enumerate([*sorted(ByteLevel.alphabet()), "as", "assi", "assistant"])}
     for piece in ("ss", "ist", "is", "ant", "an", "st", "assist", "assis", "ass"):
         vocab.setdefault(piece, len(vocab))
@@ -204,6 +207,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_input(folder, options.records)
+        write_tokenizer(folder)
         trial = Trial(folder, options.workers, options.per_shard, random.Random(options.seed))
         seconds = trial.undisturbed(folder / "undisturbed", jobs=not {"job", "merge"}.isdisjoint(options.kinds))
         expected = contents(folder / "undisturbed")

@@ -113,14 +113,20 @@ class WorkerPool:
             self._on_tick(self)
 
     def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        numbers = self._context.RawArray("q", 3)
-        process = self._context.Process(target=_serve, args=(self._work, theirs, numbers), daemon=True)
-        process.start()
-        theirs.close()
-        worker = _Worker(process, ours, numbers)
-        self._workers.append(worker)
-        return worker
+        for _ in range(KILLS_ALLOWED):
+            ours, theirs = self._context.Pipe()
+            numbers = self._context.RawArray("q", 3)
+            process = self._context.Process(target=_serve, args=(self._work, theirs, numbers), daemon=True)
+            try:
+                process.start()
+            except (EOFError, ConnectionError):  # the fork server was killed at this moment; the next start makes one
+                ours.close()
+            else:
+                self._workers.append(_Worker(process, ours, numbers))
+                return self._workers[-1]
+            finally:
+                theirs.close()
+        raise ShardError("the fork server of the build workers is killed again and again: is the memory short?")
 
     @staticmethod
     def _hand_out(worker: _Worker, task: Task) -> None:

@@ -1,0 +1,176 @@
+"""Images per second and core: build_shards against a plain Pillow loop over the same files. Needs no data.
+
+    python benchmarks/shards.py [--photographs 48] [--drawings 192] [--repeats 5] [--workers 2] [--out FILE.json]
+
+Photographs are 1008x756 JPEG (noise at five scales), drawings 384x384 PNG (lines, boxes, circles, text); one per
+record, eight different ones of a kind. Per kind:
+
+    loop          images/s of CPU time: open, decode, convert to RGB, resize with Qwen's rule, encode as the shard holds
+                  it (PNG, or JPEG at the same quality), write one file per image
+    same_choice   the same loop, choosing PNG or JPEG as the build does (estimate of the PNG, error of the JPEG)
+    build         images/s of CPU time of the whole build in one process: survey, text, tar, hashes, index
+    per_core      build / loop: the target is 0.9 or more
+    two_workers   images/s of wall time by --workers processes / by one, from the first image to the last
+
+Loop and build take turns; medians over the repeats. CPU time, so that other programs on the machine do not count, but
+for the last line, which needs a quiet one (the load average is printed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from build_kill import write_tokenizer
+from PIL import Image, ImageDraw
+
+from ilvr_ds.data.build import BuildSettings, Progress, build
+from ilvr_ds.data.image_codec import encode_image
+from ilvr_ds.data.images import ImageSettings, smart_resize
+from ilvr_ds.data.tokens import ChatTokenizer
+
+SETTINGS = ImageSettings()
+
+
+def photograph(rng: np.random.Generator) -> bytes:
+    """A 1008x756 JPEG: noise at five scales, as natural pictures have detail at all of them."""
+    pixels = np.zeros((756, 1008, 3), np.float32)
+    for size, weight in ((3, 90), (12, 45), (50, 22), (200, 11), (756, 5)):
+        layer = rng.normal(0, weight, (size, size * 4 // 3, 3)).astype(np.float32)
+        for channel in range(3):
+            small = Image.fromarray(layer[..., channel])
+            pixels[..., channel] += np.asarray(small.resize((1008, 756), Image.Resampling.BICUBIC))
+    return _bytes(Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8)), "JPEG", quality=92)
+
+
+def drawing(rng: np.random.Generator) -> bytes:
+    """A 384x384 PNG of lines, boxes, circles and text."""
+    image = Image.new("RGB", (384, 384), "white")
+    draw = ImageDraw.Draw(image)
+    for _ in range(30):
+        (x, y), (w, h) = rng.integers(0, 340, 2).tolist(), rng.integers(8, 90, 2).tolist()
+        colour = tuple(rng.integers(0, 256, 3).tolist())
+        match int(rng.integers(4)):
+            case 0:
+                draw.line((x, y, x + 2 * w, y + h), fill=colour, width=3)
+            case 1:
+                draw.rectangle((x, y, x + w, y + h), outline=colour, width=2)
+            case 2:
+                draw.ellipse((x, y, x + w, y + h), fill=colour)
+            case 3:
+                draw.text((x, y), f"point {w}", fill=colour)
+    return _bytes(image, "PNG")
+
+
+def plain_loop(files: list[Path], out: Path, encode: Callable[[Image.Image], bytes]) -> None:
+    """What one would write without this package."""
+    out.mkdir(exist_ok=True)
+    for number, path in enumerate(files):
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+        height, width = smart_resize(image.height, image.width)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        (out / f"{number}.bin").write_bytes(encode(image))
+
+
+def measure(kind: str, count: int, repeats: int, workers: int, folder: Path, tokenizer: ChatTokenizer) -> dict:
+    """The numbers of one kind of image."""
+    rng = np.random.default_rng(0)
+    make, ending = (photograph, "jpg") if kind == "photographs" else (drawing, "png")
+    files = [folder / f"{number}.{ending}" for number in range(count)]
+    lines = []
+    different = [make(rng) for _ in range(8)]
+    for number, path in enumerate(files):
+        path.write_bytes(different[number % len(different)])
+        steps = [{"type": "text", "content": "The final answer is: A"}]
+        record = {"text_input": "What is it?", "image_input": path.name, "sequence_plan": steps}
+        lines.append(json.dumps({**record, "id": path.stem, "original_final_answer": "A"}) + "\n")
+    (folder / "records.jsonl").write_text("".join(lines))
+    with Image.open(files[0]) as image:
+        height, width = smart_resize(image.height, image.width)
+        stored = encode_image(image.convert("RGB").resize((width, height)), SETTINGS)[0]
+    times: dict[str, list[float]] = {name: [] for name in ("loop", "same_choice", "build")}
+    walls: dict[int, list[float]] = {1: [], workers: []}
+    for repeat in range(repeats):
+        for name in times:
+            begin = time.process_time()
+            if name == "build":
+                _build(folder, folder / f"built-{repeat}", tokenizer, 0, count)
+            elif name == "loop":
+                plain_loop(files, folder / "plain", lambda image: _encoded(image, stored))
+            else:
+                plain_loop(files, folder / "plain", lambda image: encode_image(image, SETTINGS)[1])
+            times[name].append(count / (time.process_time() - begin))
+        for number in walls:
+            walls[number].append(_build(folder, folder / f"by-{number}-{repeat}", tokenizer, number, count))
+    rates = {name: statistics.median(values) for name, values in times.items()}
+    pairs = list(zip(times["build"], times["loop"], strict=True))
+    return {
+        "images": count,
+        "stored_as": stored,
+        **{name: round(value, 1) for name, value in rates.items()},
+        "per_core": round(statistics.median(build / loop for build, loop in pairs), 3),
+        "per_core_same_choice": round(rates["build"] / rates["same_choice"], 3),
+        "two_workers": round(statistics.median(b / a for a, b in zip(walls[1], walls[workers], strict=True)), 2),
+    }
+
+
+def _build(folder: Path, out: Path, tokenizer: ChatTokenizer, workers: int, count: int) -> float:
+    """Build; images per second of wall time between the first report with an image done and the last."""
+    reports: list[tuple[float, int]] = []
+
+    def note(progress: Progress) -> None:
+        if progress.stage == "shards" and progress.records > 0:
+            reports.append((time.perf_counter(), progress.records))
+
+    settings = BuildSettings(folder / "records.jsonl", "ilvr", folder, out, samples_per_shard=max(1, count // 12))
+    build(settings, tokenizer, note, workers=workers)
+    (begin, first), (end, last) = reports[0], reports[-1]
+    return (last - first) / max(end - begin, 1e-9)
+
+
+def _encoded(image: Image.Image, stored: str) -> bytes:
+    if stored == "png":
+        return _bytes(image, "PNG")
+    return _bytes(image, "JPEG", quality=SETTINGS.jpeg_quality, subsampling=0)
+
+
+def _bytes(image: Image.Image, file_format: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photographs", type=int, default=48, help="12 or more")
+    parser.add_argument("--drawings", type=int, default=192)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    result: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "load": list(os.getloadavg())}
+    for kind in ("photographs", "drawings"):
+        with tempfile.TemporaryDirectory() as name:
+            write_tokenizer(Path(name))
+            tokenizer = ChatTokenizer.from_folder(name)
+            count = getattr(options, kind)
+            result[kind] = measure(kind, count, options.repeats, options.workers, Path(name), tokenizer)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
