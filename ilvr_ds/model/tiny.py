@@ -140,7 +140,7 @@ def tiny_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
         "use_sliding_window": False,
         # 1e6, made for contexts of 100k tokens and heads of 128, would leave the columns of a picture less than a
         # thousandth of a turn apart: with random weights the model could not tell them apart
-        "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [2, 7, 7]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5.0, "mrope_section": [2, 7, 7]},
         "initializer_range": 0.08,  # about 1 / sqrt(hidden_size): attention has preferences from the first step
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],

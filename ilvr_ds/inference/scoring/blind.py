@@ -9,7 +9,7 @@ import numpy as np
 
 from ilvr_ds.data.frozenlake import GOAL, HOLE, MOVES, START, MapDesc, find_cell
 from ilvr_ds.errors import PuzzleError
-from ilvr_ds.inference.scoring.vsp import GoalRule
+from ilvr_ds.inference.scoring.vsp import GoalRule, score_plan
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,36 @@ def best_blind_plan(maps: Sequence[MapDesc], max_moves: int = 8, goal_rule: Goal
     search = _Search(np.array(maps, dtype=np.int8), goal_rule == "original", max_moves)
     search.walk(np.array([find_cell(lake, START) for lake in maps]), np.zeros(len(maps), bool), "")
     return BlindPlan(search.best, search.solved)
+
+
+@dataclass(frozen=True)
+class BlindScore:
+    """What one level's blind plan, chosen on the training maps, solves."""
+
+    plan: str
+    training_share: float  # of the training maps of this level
+    correct: int  # of the held-out maps of this level
+    total: int
+
+
+def score_blind(training: Sequence[MapDesc], held_out: Sequence[MapDesc]) -> dict[str, BlindScore]:
+    """For each level of the held-out maps ("level 3", ...) the best blind plan of the training maps, scored (Mirage's
+    rule). No model that does not see the picture, and was trained on these maps, does better by more than luck.
+
+    Raises PuzzleError when training and held-out maps overlap, or a level was not trained on.
+    """
+    shared = len(set(training) & set(held_out))
+    if shared:
+        raise PuzzleError(f"{shared} held-out maps are training maps too; make the puzzles with --exclude TEST_FILE")
+    scores = {}
+    for size in sorted({len(lake) for lake in held_out}):
+        known, asked = ([lake for lake in maps if len(lake) == size] for maps in (training, held_out))
+        if not known:
+            raise PuzzleError(f"held-out maps of {size}x{size} cells, no training map of that size: train on it too")
+        found = best_blind_plan(known)
+        solved = sum(score_plan(lake, found.plan).correct for lake in asked)
+        scores[f"level {size}"] = BlindScore(found.plan, found.solved / len(known), solved, len(asked))
+    return scores
 
 
 class _Search:
