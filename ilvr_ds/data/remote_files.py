@@ -106,11 +106,13 @@ class RemoteFiles:
         found: dict[int, bytes] = {}
         for attempt in range(1, self.retry.attempts + 1):
             pending = [i for i in range(len(asked)) if i not in found]
-            files, starts, stops = zip(*(asked[i] for i in pending), strict=True) if pending else ((), (), ())
             self.requests += len(pending)
-            answers = self._system.cat_ranges(
-                [f"{self._root}/{file}" for file in files], list(starts), list(stops), on_error="return"
-            )
+            answers: list[Any] = []
+            for begin in range(0, len(pending), TOGETHER):
+                group = [asked[i] for i in pending[begin : begin + TOGETHER]]
+                paths = [f"{self._root}/{file}" for file, _, _ in group]
+                starts, stops = [start for _, start, _ in group], [stop for _, _, stop in group]
+                answers += self._system.cat_ranges(paths, starts, stops, on_error="return")
             fault: tuple[int, Any] | None = None
             for i, answer in zip(pending, answers, strict=True):
                 if not isinstance(answer, BaseException) and self._is_whole(asked[i], answer):
@@ -193,7 +195,7 @@ def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
             from aiohttp import ClientTimeout
 
             quiet = ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
-            options |= {"client_kwargs": {"timeout": quiet}, "batch_size": TOGETHER}
+            options["client_kwargs"] = {"timeout": quiet}
         system, root = url_to_fs(url, **options)
     except (ImportError, ValueError) as error:  # ValueError: fsspec does not know the protocol
         raise ConfigError(
