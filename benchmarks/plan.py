@@ -1,131 +1,138 @@
-"""How good and how fast the plan is, on lengths like CoMT's. Needs no data, no GPU, a few seconds.
+"""How good and how fast the plan is, on lengths like CoMT's, up to 100 million samples. Needs no data and no GPU.
 
-    python benchmarks/plan.py [--worlds 2 4 8 16 32 64] [--budgets 4096 8192 16384 32768] [--out FILE.json]
+    python benchmarks/plan.py [--samples 10000 1000000 100000000] [--worlds 8 64 1024 4096] [--scratch DIR] [--out FILE]
 
-Lengths: 1-6 spans, 200-1,500 text tokens and 100-1,300 visual tokens per image, all uniform; one input image,
-one helper image per span (helpers cost vision patches, not sequence tokens); 16 samples per rank and step.
-Cost: Qwen2.5-VL-7B (`CostModel()`).
+Lengths: 1-6 spans, 200-1,500 text tokens and 100-1,300 visual tokens per image, all uniform; one input image, one
+helper image per span (helpers cost vision patches, not sequence tokens). Shards of 1,000 samples; a sample's bytes are
+300 per visual token. The index (42 bytes a sample) is written to --scratch, memory-mapped as a run does, and removed.
+16 samples per rank and step, 8,192 tokens per micro-batch, shuffle window 65,536, cost of Qwen2.5-VL-7B.
 
-Per (world, budget), over all steps:
-    at_lower_bound   share of steps with ceil(tokens / (world * budget)) micro-batches
-    micro_batches    run / lower bound, summed over the run
-    imbalance        sum of the dearest rank's cost / sum of the mean cost, over all micro-steps of the run
-    fill             tokens / (micro-batches * world * budget)
-    padding_tokens   always 0: bins are packed end to end
-    ms_per_step      time to plan one step on this machine
-    fixed_count      what is common today: samples shuffled, dealt to the ranks in equal numbers, micro-batches
-                     of as many samples as are sure to fit (budget / longest); `padding` is the padding to the
-                     longest sample of each micro-batch that such batches bring, as a share of all tokens run
-    next_fit         shuffled, dealt to the ranks in equal numbers, each rank fills bins one after the other;
-                     ranks with fewer bins wait
+Per (samples, world); times are processor time of one process, as other programs may share the machine:
+    first_step_s      verify the index's hash, find the longest sample, plan the first step for one rank
+    peak_rss_mib      of that process, from start to end of its steps
+    ms_per_step       one rank's plan of a step, amortised over consecutive steps, windows included
+    ms_per_window     of these, reading and shuffling one window
+    at_lower_bound    share of steps with ceil(tokens / (world * budget)) micro-batches
+    imbalance_*       sum over micro-steps of the dearest rank's cost / sum of the mean cost, over all ranks
+    bytes_per_step    bytes of the samples of a step, all ranks
+    sequential        share of a window's bytes in runs of 1 MiB or more of one shard; `full_shuffle` is the same for
+                      as many samples of a shuffle of everything, the baseline
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
+import resource
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from ilvr_ds.data.plan import CostModel, Lengths, Planner, epoch_order, run_imbalance, step_samples
+from ilvr_ds.data.index import INDEX_DTYPE, file_sha256
+from ilvr_ds.data.lengths import IndexColumns
+from ilvr_ds.data.order import WINDOW, PlanSource, SourceOrder
+from ilvr_ds.data.plan import Planner, imbalances
 
-PER_RANK = 16
-
-
-def comt_like(n: int, seed: int) -> Lengths:
-    """Columns of an index with CoMT-like lengths."""
-    rng = np.random.default_rng(seed)
-    spans, text, image = rng.integers(1, 7, n), rng.integers(200, 1501, n), rng.integers(100, 1301, n)
-    helpers = np.array([rng.integers(100, 1301, s).sum() for s in spans])
-    return Lengths(tokens=text + image, patches=4 * (image + helpers), supervised=text // 2, spans=spans)
+PER_RANK, BUDGET, SHARD, BYTES = 16, 8192, 1000, 300
 
 
-def measure(world: int, budget: int, steps: int, seed: int) -> dict:
-    """One row: `steps` planned steps of `PER_RANK` samples per rank, and the two baselines on the same steps."""
-    per_step = PER_RANK * world
-    lengths = comt_like(steps * per_step, seed)
-    planner = Planner(lengths, seed=seed, samples_per_step=per_step, token_budget=budget, world=world)
-    begin = time.perf_counter()
-    plans = [planner.step(step) for step in range(steps)]
-    seconds = time.perf_counter() - begin
-    run = sum(plan.n_micro for plan in plans)
-    order, costs = epoch_order(len(lengths), seed, 0), CostModel()(lengths)
-    sets = [order[np.isin(order, step_samples(order, s, per_step))] for s in range(steps)]  # shuffled, same steps
-    return {
-        "world": world,
-        "budget": budget,
-        "steps": steps,
-        "samples_per_step": per_step,
-        "at_lower_bound": sum(plan.n_micro == plan.lower_bound for plan in plans) / steps,
-        "micro_batches": run / sum(plan.lower_bound for plan in plans),
-        "imbalance": run_imbalance(plans),
-        "fill": sum(plan.totals.tokens for plan in plans) / (run * world * budget),
-        "padding_tokens": 0,
-        "ms_per_step": 1e3 * seconds / steps,
-        "fixed_count": fixed_count(sets, lengths, costs, world, budget),
-        "next_fit": next_fit(sets, lengths, costs, world, budget),
-    }
+def write_index(path: Path, samples: int) -> None:
+    """An index of `samples` rows with CoMT-like lengths, a million rows in memory at a time."""
+    index = np.lib.format.open_memmap(path, "w+", INDEX_DTYPE, (samples,))
+    for begin in range(0, samples, 1_000_000):
+        rng, n = np.random.default_rng(begin), min(1_000_000, samples - begin)
+        rows, number = np.zeros(n, INDEX_DTYPE), np.arange(begin, begin + n)
+        rows["spans"], rows["text_tokens"] = rng.integers(1, 7, n), rng.integers(200, 1501, n)
+        rows["image_tokens"] = rng.integers(100, 1301, n)
+        rows["helper_tokens"] = sum((rows["spans"] > k) * rng.integers(100, 1301, n) for k in range(6))
+        rows["supervised"], rows["shard"] = rows["text_tokens"] // 2, number // SHARD
+        rows["size"] = BYTES * (rows["image_tokens"] + rows["helper_tokens"])
+        ends = np.cumsum(rows["size"])
+        first = number // SHARD * SHARD - begin  # of the sample's shard; shards do not cross a million
+        rows["offset"] = ends - rows["size"] - (ends - rows["size"])[first]
+        index[begin : begin + n] = rows
+    index.flush()
 
 
-def fixed_count(sets: list[np.ndarray], lengths: Lengths, costs: np.ndarray, world: int, budget: int) -> dict:
-    """Micro-batches of equal numbers of samples, every one sure to fit after padding."""
-    size = max(1, budget // int(lengths.tokens.max()))
-    dearest = mean = tokens = padded = micro = 0
-    for numbers in sets:
-        for chunk in np.split(numbers.reshape(world, -1), range(size, PER_RANK, size), axis=1):  # (world, size)
-            paid = costs[chunk].sum(axis=1)
-            dearest, mean, micro = dearest + paid.max(), mean + paid.mean(), micro + 1
-            tokens += lengths.tokens[chunk].sum()
-            padded += (lengths.tokens[chunk].max(axis=1) * chunk.shape[1]).sum()
-    return {
-        "samples_per_micro_batch": size,
-        "micro_batches": micro / _lower_bound(sets, lengths, world, budget),
-        "imbalance": float(dearest / mean),
-        "padding": float(1 - tokens / padded),
-    }
+def shards_of(samples: int) -> tuple[int, ...]:
+    """Samples of each shard."""
+    return tuple(min(SHARD, samples - begin) for begin in range(0, samples, SHARD))
 
 
-def next_fit(sets: list[np.ndarray], lengths: Lengths, costs: np.ndarray, world: int, budget: int) -> dict:
-    """Greedy packing in the order samples come, as streaming packers do."""
-    dearest = mean = micro = 0
-    for numbers in sets:
-        ranks = []
-        for own in numbers.reshape(world, -1):
-            bins, room = [], 0
-            for n in own:
-                if lengths.tokens[n] > room:
-                    bins.append(0)
-                    room = budget
-                bins[-1] += int(costs[n])
-                room -= lengths.tokens[n]
-            ranks.append(bins)
-        longest = max(map(len, ranks))
-        paid = np.array([bins + [0] * (longest - len(bins)) for bins in ranks])  # (world, n_micro)
-        dearest, mean, micro = dearest + paid.max(axis=0).sum(), mean + paid.mean(axis=0).sum(), micro + longest
-    return {"micro_batches": micro / _lower_bound(sets, lengths, world, budget), "imbalance": float(dearest / mean)}
+def sequential(index: np.ndarray, rows: np.ndarray, least: int = 1 << 20) -> float:
+    """Share of the bytes of `rows` in runs of `least` or more bytes of one shard."""
+    own = np.array(index[np.sort(rows)])
+    joined = (own["shard"][1:] == own["shard"][:-1]) & (own["offset"][1:] == own["offset"][:-1] + own["size"][:-1])
+    runs = np.bincount(np.concatenate([[0], np.cumsum(~joined)]), weights=own["size"])
+    return float(runs[runs >= least].sum() / runs.sum())
 
 
-def _lower_bound(sets: list[np.ndarray], lengths: Lengths, world: int, budget: int) -> int:
-    return sum(-(-int(lengths.tokens[numbers].sum()) // (world * budget)) for numbers in sets)
+def one_rank(path: Path, samples: int, world: int, steps: int, send) -> None:
+    """What a rank does, in a process of its own so that its memory is its own."""
+    begin = time.process_time()
+    file_sha256(path)
+    hashed_s = time.process_time() - begin
+    index = np.load(path, mmap_mode="r")
+    sources = [PlanSource(IndexColumns(index), shards_of(samples))]
+    planner = Planner(sources, seed=0, samples_per_step=PER_RANK * world, token_budget=BUDGET, world=world)
+    planner.step(0, rank=world // 3)
+    first = time.process_time() - begin
+    begin = time.process_time()
+    for step in range(1, 1 + steps):
+        planner.step(step, rank=(7 * step) % world)
+    seconds = time.process_time() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    send.send({"first_step_s": first, "hash_s": hashed_s, "ms_per_step": 1e3 * seconds / steps, "peak_rss_mib": peak})
+
+
+def measure(path: Path, samples: int, world: int, steps: int) -> dict:
+    """One row."""
+    receive, send = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=one_rank, args=(path, samples, world, steps, send))
+    process.start()
+    send.close()
+    row = {"samples": samples, "world": world, "steps": steps, **receive.recv()}
+    process.join()
+    index = np.load(path, mmap_mode="r")
+    source = PlanSource(IndexColumns(index), shards_of(samples))
+    order = SourceOrder(source, number=0, seed=0, window=WINDOW)
+    begin = time.process_time()
+    rows = order.window(0, 0)[0]
+    row["ms_per_window"] = 1e3 * (time.process_time() - begin)
+    row["sequential"] = sequential(index, rows)
+    row["full_shuffle"] = sequential(index, np.random.default_rng(0).choice(samples, len(rows), replace=False))
+    planner = Planner([source], seed=0, samples_per_step=PER_RANK * world, token_budget=BUDGET, world=world)
+    plans = [planner.step(step) for step in range(max(2, min(steps, 4096 // world)))]  # all ranks
+    balance = imbalances(plans)
+    row["bytes_per_step"] = int(index["size"][planner.samples_of(0)[0]].sum())
+    row["full_plans"] = len(plans)
+    row["at_lower_bound"] = sum(plan.n_micro == plan.lower_bound for plan in plans) / len(plans)
+    row["micro_batches"] = sum(plan.n_micro for plan in plans) / sum(plan.lower_bound for plan in plans)
+    row |= {"imbalance": balance.total, "imbalance_text": balance.text, "imbalance_vision": balance.vision}
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
-    parser.add_argument("--budgets", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--samples", type=int, default=25_600, help="samples per row, at least 25 steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 1_000_000, 100_000_000])
+    parser.add_argument("--worlds", type=int, nargs="+", default=[8, 64, 1024, 4096])
+    parser.add_argument("--steps", type=int, default=64, help="consecutive steps of one rank, at most an epoch")
+    parser.add_argument("--scratch", type=Path, help="folder for the index: 4.2 GB at 100 million (default: temporary)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     rows = []
-    for budget in args.budgets:
-        for world in args.worlds:
-            steps = min(400, max(25, args.samples // (PER_RANK * world)))
-            rows.append(measure(world, budget, steps, args.seed))
-            print(json.dumps(rows[-1]), flush=True)
+    for samples in args.samples:
+        with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+            path = Path(folder) / "index.npy"
+            write_index(path, samples)
+            for world in args.worlds:
+                if (steps := min(args.steps, samples // (PER_RANK * world))) >= 2:  # worlds the data is enough for
+                    rows.append(measure(path, samples, world, steps))
+                    print(json.dumps(rows[-1]), flush=True)
     if args.out:
         about = {"date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine()}
         args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
