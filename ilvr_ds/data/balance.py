@@ -37,7 +37,10 @@ def fit(tokens: np.ndarray, bins: int, budget: int, second: np.ndarray | None = 
         return None
     if len(tokens) == 0:
         return np.zeros((bins, 1), np.int64)
-    state = _Bins(tokens, deal(tokens, bins, second), budget)
+    slots = deal(tokens, bins, second)
+    if int(np.append(tokens, 0)[slots].sum(axis=1).max()) <= budget:  # nearly always, where there is room
+        return slots
+    state = _Bins(tokens, slots, budget)
     return state.slots if _fit(state) else None
 
 
