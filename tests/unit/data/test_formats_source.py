@@ -191,3 +191,23 @@ def test_missing_libraries_name_the_extra(trees, tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, "ilvr_ds.data.formats.parquet", raising=False)
         with pytest.raises(ConfigError, match=r"ilvr_ds\[formats\]"):
             open_source(tmp_path / name, "ilvr", tmp_path / "scratch")
+
+
+def test_damage_in_the_middle_of_a_row_group_keeps_the_rows_before(good_record, tmp_path):
+    """Rows come in batches: what was already handed out is not handed out again as an error."""
+    path = tmp_path / "x.parquet"
+    table = pyarrow.table({name: [value] * 64 for name, value in good_record().items() if name != "id"})
+    options = {"compression": "none", "use_dictionary": False, "data_page_size": 1, "write_batch_size": 4}
+    pyarrow.parquet.write_table(table, path, **options)
+    with pyarrow.parquet.ParquetFile(path) as file:
+        column = file.metadata.row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    end = column.data_page_offset + column.total_compressed_size
+    content[end - column.total_compressed_size // 4 : end] = b"\xff" * (column.total_compressed_size // 4)
+    path.write_bytes(bytes(content))
+    source = open_source(path, "ilvr", tmp_path)
+    items = list(source.read(0, 64))
+    good = [isinstance(item, Record) for item in items]
+    assert len(items) == 64 and good[:16] == [True] * 16 and good[-1] is False
+    assert {item.reason for item in items if isinstance(item, RecordError)} == {"unreadable_row"}
+    assert [type(item) for item in source.read(10, 60)] == [type(item) for item in items[10:60]]
