@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Train the method and its controls on FrozenLake puzzles with equal tokens and seeds; compare them on held-out maps.
 
-    python data_tools/make_frozenlake.py --out puzzles --count 4000 --sizes 3 4 --seed 0
-    python data_tools/make_frozenlake.py --out held_out --count 200 --sizes 3 4 --seed 1 --exclude puzzles/records.jsonl
+    STYLE="--wording brief --cell 28"
+    python data_tools/make_frozenlake.py --out held_out --maps vsp_planning_test/test.jsonl $STYLE
+    python data_tools/make_frozenlake.py --out puzzles --count 6000 --seed 0 --exclude held_out/records.jsonl $STYLE
     python benchmarks/frozenlake.py --puzzles puzzles --test held_out/records.jsonl --out runs/controls \\
-        --tokens 2000000 --seeds 0 1 2 --jobs 2
+        --tokens 1000000 --seeds 0 1 2 --jobs 2
 
 Methods: direct answers (sft), reasoning in words (text), pause tokens (pause), Mirage (mirage), ILVR with a teacher
 that never moves (ilvr_frozen), ILVR (ilvr); recipes in launch/recipes/controls/. Each run: stage 1, stage 2 where the
@@ -285,9 +286,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="weights, order, noise (default: 0 1 2)")
     add("--methods", nargs="+", choices=[m.name for m in METHODS], default=list(DEFAULT), metavar="NAME",
         help=f"default: {' '.join(DEFAULT)}; also: mirage_stage1 ilvr_stage1")  # fmt: skip
-    add("--stage2-share", type=float, default=0.25, help="of the tokens of a method of two stages (default: 0.25)")
+    add("--stage2-share", type=float, default=0.1, help="of the tokens of a method of two stages (default: 0.1)")
     add("--samples-per-step", type=int, default=32)
-    add("--max-pixels", type=int, default=12544, help="of every image (default: 12544, 112x112)")
+    add("--max-pixels", type=int, default=28224, help="of every image (default: 28224, 168x168)")
     add("--max-new-tokens", type=int, default=192, help="of an answer, latents counted (default: 192)")
     add("--limit", type=int, help="only the first N examples of --test")
     add("--deepspeed", default="ds_configs/zero0.json", help="one rank: how memory is split changes no result")
