@@ -18,7 +18,7 @@ import numpy as np
 
 from ilvr_ds.data.images import FACTOR, PATCH, Grid, ImageError, merged_tokens, read_image
 from ilvr_ds.data.index import INDEX_NAME, Manifest, ShardEntry, file_sha256
-from ilvr_ds.data.shards import RawSample, count_tokens, parse_sample
+from ilvr_ds.data.sample_format import RawSample, count_tokens, parse_sample
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import ShardError
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from ilvr_ds.contracts import IGNORE_INDEX, ImageRef
 from ilvr_ds.data.images import ImageError, merged_tokens, read_image
-from ilvr_ds.data.shards import RawSample, ShardSet
+from ilvr_ds.data.sample_format import RawSample
+from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import ShardError
 
