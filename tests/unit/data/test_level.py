@@ -50,10 +50,10 @@ def test_bins_of_many_samples_take_turns():
     """More samples than are shared out at a time: those at the end get their turn too."""
     rng = np.random.default_rng(1)
     tokens = np.full(64, 10)
-    vision = rng.integers(1, 1000, 64) * 10**6
+    vision = np.where(np.arange(64) < 48, 0, rng.integers(1, 1000, 64) * 10**6)  # the last four of every bin
     _, after = leveled(tokens, tokens, vision, 4, 1000)
     loads = np.append(vision, 0)[after].sum(axis=1)
-    assert loads.max() <= 1.04 * loads.mean()
+    assert loads.max() <= 1.05 * loads.mean()
 
 
 def test_the_budget_comes_before_level_costs():

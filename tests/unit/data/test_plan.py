@@ -180,6 +180,7 @@ def test_a_rank_plans_the_bins_all_ranks_plan(case, world, data):
 def test_large_worlds_are_planned_in_groups():
     assert [group_size(world, 4) for world in (1, 8, 64, 1024, 1000, 1009)] == [1, 8, 8, 8, 8, 1009]
     p = Planner(comt_like(2 * 16 * 64, 0), seed=0, samples_per_step=16 * 64, token_budget=8192, world=64)
+    assert p.step(0, rank=63).of_rank(63) == p.step(0).of_rank(63)
     assert len(p.step(0, rank=63).ranks) == 8 and p.step(0, rank=63).ranks == range(56, 64)
 
 
