@@ -114,7 +114,7 @@ def read_image(source: bytes | Path) -> Image.Image:
                 with _quiet_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
                     image.load()
                 bits = _grey_bits(image)
-                upright = ImageOps.exif_transpose(image)  # a copy
+                ImageOps.exif_transpose(image, in_place=True)  # most images stand upright: no copy
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError("decompression_bomb", f"{error}; scale the image down") from error
     except ImageError:
@@ -122,7 +122,7 @@ def read_image(source: bytes | Path) -> Image.Image:
     except _DECODE_ERRORS as error:
         reason = "truncated_image" if "truncated" in str(error).lower() else "undecodable_image"
         raise ImageError(reason, f"the image cannot be decoded ({type(error).__name__}: {error})") from error
-    return _to_rgb(upright, bits)
+    return _to_rgb(image, bits)
 
 
 def smart_resize(
@@ -265,7 +265,7 @@ def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     try:
-        rgb = image.convert("RGB")
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:  # Lab, with older Pillow
         raise ImageError("unsupported_pixels", f"mode {image.mode!r} cannot become RGB: {error}") from error
     # a copy without metadata (EXIF, ICC, text chunks), so that the PNG written later holds pixels only

@@ -54,9 +54,10 @@ def fetch_folder(files: RemoteFiles, settings: RemoteSettings) -> Path:
     The manifest is fetched each time (the shards may have been built again), the index once for each manifest,
     however many processes ask. Raises ReadError, and ShardError naming the URL when the two do not belong together.
     """
+    home = settings.folders()  # first of all: without a place for it nothing needs to be fetched
     text = files.fetch_whole(MANIFEST_NAME)
-    folder = settings.folders() / hashlib.sha256(text).hexdigest()[:32]
-    with locked(settings.folders() / "lock"):
+    folder = home / hashlib.sha256(text).hexdigest()[:32]
+    with locked(home / "lock"):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{MANIFEST_NAME}.tmp"
         temporary.write_bytes(text)
