@@ -37,6 +37,7 @@ def plot_runs(runs: Mapping[str, Path], out: Path, accuracy: Mapping[str, Mappin
     for (key, title), ax in zip(panels[: 3 if accuracy else 4], axes.flat, strict=False):
         _draw_curves(ax, runs, key)
         ax.set_title(title)
+    axes.flat[0].set_yscale("log")  # falls by a hundred, the interesting part at the end
     axes.flat[0].legend()
     if accuracy:
         _draw_bars(axes.flat[3], accuracy)
@@ -50,9 +51,12 @@ def _draw_curves(ax: Any, runs: Mapping[str, Path], key: str) -> None:
     styles = ["-", "--", ":", "-."]
     for number, (label, run) in enumerate(runs.items()):
         lines = read_metrics(run)
+        values = [line[key] for line in lines]
+        if not any(values):  # a term that this run does not have
+            continue
         ax.plot(
             [line["step"] for line in lines],
-            [line[key] for line in lines],
+            values,
             styles[number % len(styles)],
             label=label,
             linewidth=1.6,
@@ -75,6 +79,7 @@ def _draw_bars(ax: Any, accuracy: Mapping[str, Mapping[str, Share]]) -> None:
         colour = "C0" if number == 0 else greys[(number - 1) % len(greys)]
         ax.bar(places, tops, width, yerr=errors, label=label, color=colour, error_kw={"elinewidth": 1, "capsize": 2})
     ax.set_xticks(range(len(groups)), groups)
+    ax.set_ylim(0, 100)
     ax.set_ylabel("solved, %  (95 % interval)")
     ax.set_title("unseen maps")
     ax.grid(alpha=0.3, axis="y")
