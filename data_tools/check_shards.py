@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from ilvr_ds.data.check import ID_DTYPE, ShardReport, check_shard, ids_at
+from ilvr_ds.data.each_shard import each_shard
 from ilvr_ds.data.index import INDEX_NAME, REJECTS_NAME, Manifest, file_sha256, read_index, read_manifest
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import IlvrError, ShardError
@@ -96,28 +94,7 @@ def _check_all(
         rows = None if index is None else np.array(index[ends[number] - entry.samples : ends[number]])
         return folder, manifest, number, rows, tokenizer_folder
 
-    if workers == 1 or len(manifest.shards) <= 1:
-        for number in range(len(manifest.shards)):
-            yield number, check_shard(*arguments(number))
-        return
-    context = multiprocessing.get_context("spawn")  # nothing of this process's threads and open files
-    waiting: dict = {}
-    try:
-        with ProcessPoolExecutor(min(workers, len(manifest.shards)), mp_context=context) as pool:
-            # A few shards ahead of the workers: a folder of 100,000 shards is not copied into the queue.
-            for number in range(len(manifest.shards)):
-                waiting[pool.submit(check_shard, *arguments(number))] = number
-                if len(waiting) >= 2 * workers:
-                    done = next(as_completed(waiting))
-                    yield waiting.pop(done), done.result()
-            for done in as_completed(list(waiting)):
-                yield waiting[done], done.result()
-    except BrokenProcessPool as error:
-        names = ", ".join(manifest.shards[number].name for number in sorted(waiting.values()))
-        raise ShardError(
-            f"{folder}: a worker process died (out of memory?) while one of these was read: {names}; "
-            f"run again with --workers 1 to see which"
-        ) from error
+    yield from each_shard([f"{folder / entry.name}" for entry in manifest.shards], check_shard, arguments, workers)
 
 
 def _read_index(folder: Path, manifest: Manifest, problems: list[str]) -> np.ndarray | None:
