@@ -129,6 +129,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.folder is not None:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as parent:
         folder = Path(parent) / "model"
         parameters = write_random_model(folder, options.layers)
