@@ -59,11 +59,12 @@ def deal(values: np.ndarray, bins: int, second: np.ndarray | None = None) -> np.
     slots = np.full((bins, rounds), n, dtype=np.int64)
     load, second_load = np.zeros(bins, dtype=np.int64), np.zeros(bins, dtype=np.int64)
     block = max(1, bins // _BLOCKS)
+    most = 0 if second is None else int(second.max(initial=0))
     for r in range(rounds):
         turn = order[r * bins : (r + 1) * bins]
         to = ascending(load)[: len(turn)] if r else np.arange(len(turn))
         if second is not None and r and block > 1:
-            turn = turn[_within_blocks(-second[turn], block)]
+            turn = turn[_within_blocks(most - second[turn], block)]
             to = to[_within_blocks(second_load[to], block)]
         slots[to, r] = turn
         load[to] += values[turn]
@@ -76,18 +77,19 @@ def _within_blocks(values: np.ndarray, block: int) -> np.ndarray:
     """(n,) order that sorts every `block` neighbours by themselves, ascending; the last, shorter block stays."""
     whole = len(values) // block * block
     order = np.arange(len(values))
-    inside = np.argsort(values[:whole].reshape(-1, block), axis=1, kind="stable")
+    inside = ascending(values[:whole].reshape(-1, block))
     order[:whole] = (inside + np.arange(0, whole, block)[:, None]).ravel()
     return order
 
 
 def ascending(values: np.ndarray) -> np.ndarray:
-    """(n,) order of non-negative integers, of equal ones the first first: a sort of distinct keys, which is the same
-    everywhere and several times faster than numpy's stable one."""
-    bits = max(1, (len(values) - 1).bit_length())
-    if len(values) and int(values.max()) >> (63 - bits):
+    """(..., n) order of non-negative integers along the last axis, of equal ones the first first: a sort of distinct
+    keys, which is the same everywhere and several times faster than numpy's stable one."""
+    n = values.shape[-1]
+    bits = max(1, (n - 1).bit_length())
+    if int(values.max(initial=0)) >> (63 - bits):
         return np.argsort(values, kind="stable")  # no room for the index beside such values
-    return np.sort((values << bits) | np.arange(len(values))) & ((1 << bits) - 1)
+    return np.sort((values << bits) | np.arange(n)) & ((1 << bits) - 1)
 
 
 class _Bins:

@@ -37,9 +37,9 @@ class BlendedShards:
         text = "".join(f"{s.fingerprint} {w!r}\n" for s, w in zip(self.sets, self.weights, strict=True))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def plan_sources(self) -> list[PlanSource]:
-        """What the planner blends, in the order of the folders."""
-        sources = [source for shards in self.sets for source in shards.plan_sources()]
+    def plan_sources(self, helpers: bool = True) -> list[PlanSource]:
+        """What the planner blends, in the order of the folders; `helpers` as in `ShardSet.plan_sources`."""
+        sources = [source for shards in self.sets for source in shards.plan_sources(helpers)]
         return [dataclasses.replace(s, weight=w) for s, w in zip(sources, self.weights, strict=True)]
 
     def require(self, tokenizer: ChatTokenizer, latent_size: int) -> None:

@@ -38,19 +38,20 @@ class CostModel:
         vision_intermediate: int,
         recompute: bool = True,
         train_vision: bool = False,
+        teacher: bool = True,
     ) -> CostModel:
         """From the model's dimensions; one multiplication and one addition are two FLOPs.
 
         A decoder layer has 2h^2 (query, output) + 2h*kv (key, value) + 3h*m (MLP) weights, two FLOPs each per
         token, and causal attention costs 2 L^2 h. The student runs it forward, backward (twice the forward)
-        and, with gradient checkpointing (`recompute`), forward again; the teacher once. The vision tower runs
+        and, with gradient checkpointing (`recompute`), forward again; a teacher once. The vision tower runs
         forward once, for both. Its attention windows are 64 patches; the few layers with full attention are
         counted as windows too, since the index does not keep the size of each image (an error of a few %).
 
         Args:
             kv_width: key-value heads x head size.
         """
-        passes = 3 + int(recompute) + 1
+        passes = 3 + int(recompute) + int(teacher)
         weights = 2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * intermediate
         vision_passes = 3 + int(recompute) if train_vision else 1
         vision_weights = 4 * vision_hidden * vision_hidden + 3 * vision_hidden * vision_intermediate

@@ -6,7 +6,7 @@ needed and keeps none, so a planner's memory does not grow with the data set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -23,18 +23,22 @@ class Lengths:
     """The columns of the shard index that planning needs, one entry per sample."""
 
     tokens: np.ndarray  # (n,) int64: length of the sequence, input images and latent pads included
-    patches: np.ndarray  # (n,) int64: vision patches of input and helper images
+    patches: np.ndarray  # (n,) int64: vision patches of the images that are encoded
     supervised: np.ndarray  # (n,) int64: tokens with a label
     spans: np.ndarray  # (n,) int64: latent spans
 
     @classmethod
-    def from_index(cls, index: np.ndarray) -> Lengths:
-        """Of every row of the structured array of a shard set (`ilvr_ds.data.index`); copies: 32 bytes a row."""
-        text, images, helpers, supervised, spans = (
-            np.asarray(index[name], dtype=np.int64)
-            for name in ("text_tokens", "image_tokens", "helper_tokens", "supervised", "spans")
+    def from_index(cls, index: np.ndarray, helpers: bool = True) -> Lengths:
+        """Of every row of the structured array of a shard set (`ilvr_ds.data.index`); copies: 32 bytes a row.
+
+        Args:
+            helpers: whether patches of helper images count: not for an objective that looks at none.
+        """
+        text, images, supervised, spans = (
+            np.asarray(index[name], dtype=np.int64) for name in ("text_tokens", "image_tokens", "supervised", "spans")
         )
-        return cls(text + images, PATCHES_PER_TOKEN * (images + helpers), supervised, spans)
+        encoded = images + index["helper_tokens"] if helpers else images
+        return cls(text + images, PATCHES_PER_TOKEN * encoded, supervised, spans)
 
     @classmethod
     def join(cls, parts: list[Lengths]) -> Lengths:
@@ -44,6 +48,10 @@ class Lengths:
     def take(self, rows: np.ndarray | slice) -> Lengths:
         """Of the samples `rows` only, in that order."""
         return Lengths(self.tokens[rows], self.patches[rows], self.supervised[rows], self.spans[rows])
+
+    def slices(self, slices: Sequence[slice]) -> Lengths:
+        """Of the samples of several slices, one after the other."""
+        return Lengths.join([self.take(rows) for rows in slices])
 
     def longest_pieces(self) -> Iterator[np.ndarray]:
         """The tokens of all samples, in pieces."""
@@ -57,17 +65,25 @@ class IndexColumns:
     """`Lengths` of any slice of an index that may be memory-mapped and larger than memory.
 
     Picklable: a memory map travels as its file name, not as its bytes.
+
+    Args:
+        index: (samples,) INDEX_DTYPE, memory-mapped or not.
+        helpers: whether patches of helper images count, as in `Lengths.from_index`.
     """
 
-    def __init__(self, index: np.ndarray):
-        self._index = index  # (samples,) INDEX_DTYPE
+    def __init__(self, index: np.ndarray, helpers: bool = True):
+        self._index, self._helpers = index, helpers
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def take(self, rows: slice) -> Lengths:
-        """Of the samples of a slice."""
-        return Lengths.from_index(self._index[rows])
+    def slices(self, slices: Sequence[slice]) -> Lengths:
+        """Of the samples of several slices, one after the other."""
+        # As plain bytes: numpy joins structured rows field by field, which takes four times as long.
+        size = self._index.dtype.itemsize
+        rows = np.asarray(self._index).view(np.uint8).reshape(-1, size)
+        joined = np.concatenate([rows[piece] for piece in slices])
+        return Lengths.from_index(joined.view(self._index.dtype)[:, 0], self._helpers)
 
     def longest_pieces(self) -> Iterator[np.ndarray]:
         """The tokens of all samples, in pieces. Reads the file, so that no page of a map stays resident."""
@@ -83,14 +99,14 @@ class IndexColumns:
     def __reduce__(self) -> tuple:
         if isinstance(self._index, np.memmap):
             index = self._index
-            return _reopen, (str(index.filename), index.dtype.descr, index.offset, len(index))
-        return IndexColumns, (self._index,)
+            return _reopen, (str(index.filename), index.dtype.descr, index.offset, len(index), self._helpers)
+        return IndexColumns, (self._index, self._helpers)
 
 
-def _reopen(path: str, descr: list, offset: int, rows: int) -> IndexColumns:
+def _reopen(path: str, descr: list, offset: int, rows: int, helpers: bool) -> IndexColumns:
     if rows == 0:  # an empty file cannot be mapped
-        return IndexColumns(np.zeros(0, np.dtype(descr)))
-    return IndexColumns(np.memmap(path, np.dtype(descr), "r", offset, (rows,)))
+        return IndexColumns(np.zeros(0, np.dtype(descr)), helpers)
+    return IndexColumns(np.memmap(path, np.dtype(descr), "r", offset, (rows,)), helpers)
 
 
 class LengthTable(Protocol):
@@ -98,8 +114,8 @@ class LengthTable(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, rows: slice) -> Lengths:
-        """Of the samples of a slice."""
+    def slices(self, slices: Sequence[slice]) -> Lengths:
+        """Of the samples of several slices, one after the other."""
         ...
 
     def longest_pieces(self) -> Iterator[np.ndarray]:

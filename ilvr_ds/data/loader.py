@@ -87,13 +87,14 @@ class StepLoader:
     ):
         """Args:
         pin_memory: page-locked batches, for asynchronous copies to a CUDA device.
-        decode_helpers: False leaves helper images out of the batches, for an objective that looks at none.
+        decode_helpers: False leaves helper images out of the batches and of what samples cost, for an objective that
+            looks at none.
         """
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
         shards.require(tokenizer, latent_size)
         self.planner = Planner(
-            shards.plan_sources(),
+            shards.plan_sources(helpers=decode_helpers),
             seed=seed,
             samples_per_step=data.samples_per_step,
             token_budget=data.token_budget,

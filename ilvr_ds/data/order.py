@@ -79,8 +79,8 @@ class SourceOrder:
             pieces = self.slices(epoch, window)
             rows = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
             shuffled = self._random(epoch, window + 1).permutation(len(rows))
-            lengths = Lengths.join([self.lengths.take(piece) for piece in pieces])
-            self._kept[key] = rows[shuffled], lengths.take(shuffled)
+            lengths = self.lengths.slices(pieces).take(shuffled)
+            self._kept[key] = rows[shuffled], lengths
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)

@@ -223,7 +223,7 @@ def plan_step(
     n, n_micro = len(numbers), len(slots) // world
     text, vision = cost.text(lengths), cost.vision(lengths)  # (n,)
     costs = np.stack([np.append(text + vision, 0), np.append(text, 0), np.append(vision, 0)])  # (3, n + 1)
-    units = [np.append(values, 0.0) for values in (lengths.tokens, *(in_units(c, len(slots)) for c in (text, vision)))]
+    units = in_units(lengths.tokens, text, vision, len(slots))  # (3, n + 1)
     full = int(lengths.tokens.sum()) / (len(slots) * token_budget)
     size = group_size(world, n_micro)
     groups = deal(costs[2][slots].sum(axis=1), world // size)  # (groups, n_micro * size): every one its share of images
@@ -233,7 +233,7 @@ def plan_step(
     for place, group in enumerate(asked):
         own = slots[groups[group]]
         if world > 1:  # one rank waits for nobody
-            own = level(own, *units, token_budget, _ROUNDS if full < _TIGHT else 3 * _ROUNDS)
+            own = level(own, units, token_budget, _ROUNDS if full < _TIGHT else 3 * _ROUNDS)
         loads = costs[:, own].sum(axis=2)  # (3, n_micro * size)
         order = ascending(loads[0]).reshape(n_micro, size)  # neighbours in cost run together
         order[1::2] = order[1::2, ::-1].copy()  # the dearest of one micro-step is the cheapest of the next

@@ -113,9 +113,13 @@ class ShardSet:
         """Of what is trained on: the hash of the index."""
         return self.manifest.index_sha256
 
-    def plan_sources(self) -> list[PlanSource]:
-        """What the planner needs: the lengths, not read yet, and the samples of each shard."""
-        return [PlanSource(IndexColumns(self.index), tuple(entry.samples for entry in self.manifest.shards))]
+    def plan_sources(self, helpers: bool = True) -> list[PlanSource]:
+        """What the planner needs: the lengths, not read yet, and the samples of each shard.
+
+        Args:
+            helpers: whether helper images cost anything; not where nobody encodes them.
+        """
+        return [PlanSource(IndexColumns(self.index, helpers), tuple(entry.samples for entry in self.manifest.shards))]
 
     def row(self, number: int) -> np.void:
         """A row of the index, () INDEX_DTYPE."""

@@ -10,7 +10,10 @@ from ilvr_ds.model.backbone import read_config
 
 
 def cost_model(recipe: Recipe) -> CostModel:
-    """What a sample costs on this model, for balancing micro-batches over ranks."""
+    """What a sample costs on this model, for balancing micro-batches over ranks.
+
+    Whether helper images are encoded is in the lengths (`Lengths.from_index`).
+    """
     config = read_config(recipe.model.path)
     text, vision = config.text_config, config.vision_config
     return CostModel.from_dims(
@@ -24,6 +27,7 @@ def cost_model(recipe: Recipe) -> CostModel:
         vision_intermediate=vision.intermediate_size,
         recompute=recipe.model.gradient_checkpointing,
         train_vision=recipe.model.train_vision,
+        teacher=recipe.teacher is not None,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ilvr_ds.config import Recipe
 from ilvr_ds.data.blended_shards import open_shards
 from ilvr_ds.data.plan import Planner, imbalances
+from ilvr_ds.objective.build import reads_helpers
 from ilvr_ds.train.cost import cost_model
 from ilvr_ds.train.loop import Schedule
 
@@ -22,7 +23,7 @@ def describe(recipe: Recipe, world: int) -> dict[str, Any]:
     """
     shards = open_shards(recipe.data)
     planner = Planner(
-        shards.plan_sources(), window=recipe.data.shuffle_window, seed=recipe.run.seed,
+        shards.plan_sources(helpers=reads_helpers(recipe)), window=recipe.data.shuffle_window, seed=recipe.run.seed,
         samples_per_step=recipe.data.samples_per_step,
         token_budget=recipe.data.token_budget, world=world, cost=cost_model(recipe), sample_id=shards.sample_id,
     )  # fmt: skip

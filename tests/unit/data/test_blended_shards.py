@@ -60,3 +60,15 @@ def test_the_loader_takes_its_share_of_each(data):
         seen = [[n for batch in batches for n in batch.sample_numbers] for _, _, batches in loader]
     assert [sum(n < 5 for n in numbers) for numbers in seen] == [2] * 5  # a third of six
     assert [len(numbers) for numbers in seen] == [6] * 5
+
+
+@pytest.mark.parametrize("helpers", [True, False])
+def test_helper_images_nobody_encodes_cost_nothing(data, helpers):
+    both = open_shards(data)
+    options = {"latent_size": K, "reduction": "sample", "seed": 0, "rank": 0, "world": 1, "decode_helpers": helpers}
+    with StepLoader(both, byte_tokenizer(), data, start_step=0, total_steps=1, **options) as loader:
+        numbers, lengths = loader.planner.samples_of(0)
+    rows = [both.row(n) for n in numbers.tolist()]
+    assert sum(int(row["helper_tokens"]) for row in rows) > 0
+    counted = [4 * (int(row["image_tokens"]) + helpers * int(row["helper_tokens"])) for row in rows]
+    assert lengths.patches.tolist() == counted

@@ -6,13 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ilvr_ds.data.balance import fit
-from ilvr_ds.data.level import UNIT, in_units, level
+from ilvr_ds.data.level import TEXT_UNIT, VISION_UNIT, in_units, level
 
 
 def leveled(tokens, text, vision, bins, budget, rounds=24):
     slots = fit(tokens, bins, budget)
-    units = [np.append(values, 0.0) for values in (tokens, in_units(text, bins), in_units(vision, bins))]
-    return slots, level(slots, *units, budget, rounds)
+    return slots, level(slots, in_units(tokens, text, vision, bins), budget, rounds)
 
 
 @settings(deadline=None, max_examples=100)
@@ -66,6 +65,8 @@ def test_the_budget_comes_before_level_costs():
 @pytest.mark.parametrize("scale", [1, 10**6, 2**55])
 def test_units_are_whole_numbers_around_the_mean_bin(scale):
     costs = np.array([1, 2, 3, 1, 2, 3, 1, 3]) * scale
-    units = in_units(costs, 4)
-    assert (units == np.floor(units)).all() and units.sum() == pytest.approx(4 * UNIT, rel=0.3)
-    assert (in_units(np.zeros(3, np.int64), 2) == 0).all()
+    units = in_units(np.arange(8), costs, 3 * costs, 4)
+    assert (units == np.floor(units)).all() and (units[:, -1] == 0).all() and units[0, :-1].tolist() == [*range(8)]
+    assert units[1].sum() == pytest.approx(4 * TEXT_UNIT, rel=0.3)
+    assert units[2].sum() == pytest.approx(4 * VISION_UNIT, rel=0.3)
+    assert (in_units(*np.zeros((3, 3), np.int64), 2) == 0).all()

@@ -90,12 +90,24 @@ def test_columns_of_a_mapped_index_travel_as_a_file_name(tmp_path):
     assert len(data) < 2000  # the map itself would be two megabytes
     again = pickle.loads(data)
     assert len(again) == 50_000
-    part, whole = again.take(slice(100, 300)), Lengths.from_index(index)
+    part, whole = again.slices([slice(100, 300)]), Lengths.from_index(index)
     assert (part.tokens == whole.tokens[100:300]).all() and (part.patches == 48).all()
     assert part.tokens.dtype == np.int64  # unsigned columns would wrap around in differences
     assert len(pickle.dumps(SourceOrder(PlanSource(columns), number=0, seed=0, window=9))) < 5000
     in_memory = pickle.loads(pickle.dumps(IndexColumns(np.array(index[:10]))))
-    assert in_memory.take(slice(0, 10)).tokens.tolist() == whole.tokens[:10].tolist()
+    assert in_memory.slices([slice(0, 10)]).tokens.tolist() == whole.tokens[:10].tolist()
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), cuts=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=5))
+def test_slices_of_an_index_are_its_rows(data, cuts):
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    index = rng.integers(0, 256, 20 * INDEX_DTYPE.itemsize, dtype=np.uint8).view(INDEX_DTYPE)
+    slices, every = [slice(a, b) for a, b in cuts], Lengths.from_index(index)
+    for table in (IndexColumns(index), every):
+        joined = table.slices(slices)
+        assert joined.tokens.tolist() == [n for cut in slices for n in every.tokens[cut]]
+        assert joined.patches.tolist() == [n for cut in slices for n in every.patches[cut]]
 
 
 @pytest.mark.parametrize("mapped", [True, False])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ilvr_ds.data.cost import CostModel
 from ilvr_ds.data.index import INDEX_DTYPE
-from ilvr_ds.data.lengths import Lengths, check_fits
+from ilvr_ds.data.lengths import IndexColumns, Lengths, check_fits
 from ilvr_ds.data.order import PlanSource
 from ilvr_ds.data.plan import Planner, group_size, imbalances
 from ilvr_ds.errors import PlanError
@@ -127,6 +127,9 @@ def test_lengths_from_the_index():
     assert lengths.tokens.tolist() == [10, 8] and lengths.patches.tolist() == [20, 20]
     assert lengths.spans.tolist() == [1, 2] and lengths.supervised.tolist() == [4, 6]
     assert lengths.tokens.dtype == np.int64  # unsigned columns would wrap around in differences
+    for without in (Lengths.from_index(index, helpers=False), IndexColumns(index, helpers=False).slices([slice(2)])):
+        assert without.patches.tolist() == [12, 0] and without.tokens.tolist() == [10, 8]
+    assert pickle.loads(pickle.dumps(IndexColumns(index, False))).slices([slice(2)]).patches.tolist() == [12, 0]
 
 
 def test_default_cost_is_qwen2_5_vl_7b():
@@ -136,6 +139,15 @@ def test_default_cost_is_qwen2_5_vl_7b():
     )  # fmt: skip
     # 6.53e9 weights in the decoder layers, two FLOPs each, five passes
     assert CostModel().per_token == pytest.approx(2 * 5 * 6.53e9, rel=1e-2)
+
+
+def test_no_teacher_one_pass_less():
+    dims = {"hidden": 8, "layers": 2, "intermediate": 16, "kv_width": 4, "vocabulary": 99,
+            "vision_hidden": 4, "vision_layers": 2, "vision_intermediate": 8}  # fmt: skip
+    with_teacher, without = (CostModel.from_dims(**dims, teacher=teacher) for teacher in (True, False))
+    assert 4 * with_teacher.per_token == 5 * without.per_token
+    assert 4 * with_teacher.per_token_squared == 5 * without.per_token_squared
+    assert (with_teacher.per_patch, with_teacher.per_supervised) == (without.per_patch, without.per_supervised)
 
 
 def test_cost_counts_every_part():
