@@ -8,9 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, MutableSequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from webdataset import TarWriter
+from typing import Any
 
 from ilvr_ds.contracts import Record
 from ilvr_ds.data.assistant_view import assistant_view
@@ -18,7 +16,8 @@ from ilvr_ds.data.build_settings import PROGRESS, BuildSettings
 from ilvr_ds.data.build_survey import ID_HASH, id_hash
 from ilvr_ds.data.encode import encode_record
 from ilvr_ds.data.formats.source import RecordSource
-from ilvr_ds.data.index import INDEX_DTYPE, MANIFEST_NAME, ShardEntry, file_sha256, run_checksums
+from ilvr_ds.data.index import INDEX_DTYPE, MANIFEST_NAME, ShardEntry, file_sha256
+from ilvr_ds.data.shard_writer import ShardWriter
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.data.whole_file import cannot_write, whole_file, write_whole
 from ilvr_ds.errors import RecordError, ShardError
@@ -144,14 +143,9 @@ def _write_shard(work: Work, task: Task, watch: Watch) -> ShardResult:
     except OSError as error:
         raise cannot_write(out / MANIFEST_NAME, error) from error
     with whole_file(out / name) as file:
-        rows, rejects = _write_samples(work, task, watch, file)
-        file.flush()
-        written = Path(file.name)
-        entry = ShardEntry(name, written.stat().st_size, file_sha256(written), len(rows)) if rows else None
-        offset, size, crc32 = (COUNTS.index(key) for key in ("offset", "size", "crc32"))
-        checksums = run_checksums(written, [(row[offset], row[size]) for row in rows])
-        for row, checksum in zip(rows, checksums, strict=True):
-            row[crc32] = checksum
+        with ShardWriter(file) as shard:
+            rows, rejects = _write_samples(work, task, watch, shard)
+        entry = ShardEntry(name, shard.bytes, shard.sha256, len(rows)) if rows else None
     if entry is None:
         (out / name).unlink()
     result = ShardResult(entry, rows, rejects)
@@ -160,25 +154,21 @@ def _write_shard(work: Work, task: Task, watch: Watch) -> ShardResult:
 
 
 def _write_samples(
-    work: Work, task: Task, watch: Watch, file: BinaryIO
+    work: Work, task: Task, watch: Watch, shard: ShardWriter
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     rows, rejects = [], []
-    # same owner, time and mode everywhere: the bytes depend on the samples alone
-    with TarWriter(file, encoder=False, mtime=0, user="ilvr_ds", group="ilvr_ds", mode=0o444) as tar:
-        for place, item in _records(work, task, watch):
-            try:
-                members, counts = _encode(work, task, place, item)
-            except RecordError as error:
-                rejects.append(_reject(error))
-                watch.on_reject(error.reason, str(error))
-            else:
-                start = tar.tarstream.offset
-                tar.write({"__key__": f"{place:09d}", **members})
-                size = tar.tarstream.offset - start
-                row = {**counts, "offset": start, "size": size, "crc32": 0}  # the last is filled in from the file
-                rows.append([int(row[key]) for key in COUNTS])
-                watch.numbers[2] = tar.tarstream.offset
-            watch.record_done()
+    for place, item in _records(work, task, watch):
+        try:
+            members, counts = _encode(work, task, place, item)
+        except RecordError as error:
+            rejects.append(_reject(error))
+            watch.on_reject(error.reason, str(error))
+        else:
+            offset, size, crc32 = shard.write(f"{place:09d}", members)
+            row = {**counts, "offset": offset, "size": size, "crc32": crc32}
+            rows.append([int(row[key]) for key in COUNTS])
+            watch.numbers[2] = shard.bytes
+        watch.record_done()
     return rows, rejects
 
 

@@ -79,8 +79,8 @@ class _Images:
         self.root, self.settings = root, settings
         self.members: dict[str, bytes] = {}
         self.grids: dict[str, Grid] = {}
-        self._of_source: dict[tuple[bytes, tuple[int, int]], str] = {}  # file bytes and pixel bounds -> member
-        self._of_bytes: dict[bytes, str] = {}  # stored bytes -> member: other files may hold the same picture
+        # What was met, by comparison: hashing a photograph's bytes costs more than comparing a few lengths.
+        self._sources: list[tuple[bytes, tuple[int, int], str]] = []  # file bytes, pixel bounds, member
 
     def named(self, parts: tuple[str | ImageRef, ...], role: Role, prefix: str) -> tuple[str | ImageRef, ...]:
         """`parts` with member names for paths; new images go into `members` and `grids`. Raises _BadImage."""
@@ -101,14 +101,17 @@ class _Images:
 
     def _store(self, image: ImageRef, bounds: tuple[int, int], name: str) -> str:
         source = read_image_file(image, self.root)
-        if (source, bounds) not in self._of_source:
-            pixels = resize_image(read_image(source), *bounds)
-            ending, content = encode_image(pixels, self.settings)
-            member = self._of_bytes.setdefault(content, f"{name}.{ending}")
-            self.members[member] = content
-            self.grids[member] = (1, pixels.height // PATCH, pixels.width // PATCH)
-            self._of_source[source, bounds] = member
-        return self._of_source[source, bounds]
+        for known, its_bounds, member in self._sources:
+            if its_bounds == bounds and known == source:
+                return member
+        pixels = resize_image(read_image(source), *bounds)
+        ending, content = encode_image(pixels, self.settings)
+        same = (member for member, stored in self.members.items() if stored == content)  # another file, same picture
+        member = next(same, f"{name}.{ending}")
+        self.members[member] = content
+        self.grids[member] = (1, pixels.height // PATCH, pixels.width // PATCH)
+        self._sources.append((source, bounds, member))
+        return member
 
 
 class _BadImage(Exception):

@@ -156,6 +156,8 @@ def smart_resize(
 def resize_image(image: Image.Image, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """`image` at the size `smart_resize` gives, with Pillow's bicubic filter. Raises what `smart_resize` raises."""
     height, width = smart_resize(image.height, image.width, FACTOR, min_pixels, max_pixels)
+    if image.size == (width, height):
+        return image  # as it is: Pillow would copy it
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -268,8 +270,8 @@ def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
         rgb = image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:  # Lab, with older Pillow
         raise ImageError("unsupported_pixels", f"mode {image.mode!r} cannot become RGB: {error}") from error
-    # a copy without metadata (EXIF, ICC, text chunks), so that the PNG written later holds pixels only
-    return Image.frombytes("RGB", rgb.size, rgb.tobytes())
+    rgb.info = {}  # EXIF, ICC, text chunks: the file written later holds pixels only
+    return rgb
 
 
 def _grey_to_rgb(image: Image.Image, bits: int) -> Image.Image:

@@ -12,8 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,16 +141,6 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def run_checksums(path: Path, runs: Iterable[tuple[int, int]]) -> list[int]:
-    """zlib.crc32 of runs of bytes (offset, size) of a file: the index's column `crc32`. One run in memory at a time."""
-    checksums = []
-    with path.open("rb") as file:
-        for offset, size in runs:
-            file.seek(offset)
-            checksums.append(zlib.crc32(file.read(size)))
-    return checksums
 
 
 def file_sha256(path: Path) -> str:
