@@ -271,3 +271,56 @@ def test_an_unreadable_sample_does_not_hide_the_next_one(folder, tokenizer_folde
     found = problems(folder, tokenizer_folder, capsys, 1)
     assert len(found) == 2
     assert "000000002.json is missing or not" in found[0] and "key 000000003: field 'supervised'" in found[1]
+
+
+# ------------------------------------------------------------------------------- behind a URL
+@pytest.fixture
+def there(folder, tokenizer_folder, tmp_path, capsys):
+    """Check the folder as one behind a URL; (exit code, output, errors)."""
+
+    def call(*options):
+        capsys.readouterr()
+        cache = ["--cache-dir", str(tmp_path / "cache")]
+        code = main([f"file://{folder}", "--tokenizer", str(tokenizer_folder), *cache, *options])
+        captured = capsys.readouterr()
+        assert not list((tmp_path / "cache").rglob("*.tar"))  # no copy of a shard is left
+        return code, captured.out, captured.err[max(0, captured.err.find("error: ")) :]
+
+    return call
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_clean_folder_behind_a_url(folder, there, workers):
+    code, out, _ = there("--workers", workers)
+    assert code == 0
+    assert f"file://{folder}: clean. 5 samples, 10 images, 3 shards, tokens counted again" in out
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_every_problem_behind_a_url_is_named_by_its_url(folder, there, workers):
+    change_member(folder, "000000003.json", edit_json(id="r0"))
+    path = folder / "shard-000002.tar"
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    (folder / "rejects.jsonl").write_text("")
+    code, out, problems = there("--workers", workers)
+    assert code == 1 and out == ""
+    assert f"file://{folder}/shard-000001.tar: key 000000003: field 'id': 'r0' is also the id of file://" in problems
+    assert f"file://{folder}/shard-000002.tar: field 'sha256'" in problems
+    assert f"file://{folder}/rejects.jsonl: field 'rejected'" in problems
+    assert "/cache/" not in problems
+
+
+def test_a_shard_that_is_not_there_does_not_hide_the_others(folder, there):
+    (folder / "shard-000000.tar").unlink()
+    path = folder / "shard-000002.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, _, problems = there()
+    assert code == 1
+    assert f"{folder}/shard-000000.tar" in problems and "shard-000002.tar: field 'sha256'" in problems
+
+
+def test_a_url_needs_a_place_on_this_machine(folder, capsys):
+    assert main([f"file://{folder}"]) == 1
+    assert "cache_dir=None" in capsys.readouterr().err
