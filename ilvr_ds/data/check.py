@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tarfile import BLOCKSIZE, NUL, TarError, TarInfo
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from ilvr_ds.data.images import FACTOR, PATCH, Grid, ImageError, merged_tokens, read_image
 from ilvr_ds.data.index import INDEX_NAME, Manifest, ShardEntry, file_sha256
 from ilvr_ds.data.sample_format import RawSample, count_tokens, parse_sample
+from ilvr_ds.data.tar_members import BLOCK, END, read_header
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import ShardError
 
@@ -106,29 +106,28 @@ def walk(path: Path, content: bool = True) -> Iterator[tuple[str, int, bytes]]:
     key, start, sample = None, 0, bytearray()
     size = path.stat().st_size
     with path.open("rb") as file:
-        while (header := file.read(BLOCKSIZE)) != NUL * BLOCKSIZE:
+        while (header := file.read(BLOCK)) != END:
             position = file.tell() - len(header)
-            if len(header) < BLOCKSIZE:
+            if len(header) < BLOCK:
                 raise ShardError(f"{path}: key {key}: the tar ends at byte {file.tell()} without an end mark")
             try:
-                info = TarInfo.frombuf(header, "utf-8", "strict")
-            except (TarError, UnicodeDecodeError) as error:
-                raise ShardError(f"{path}: byte {position}, after key {key}: not a tar header ({error})") from error
-            member_key = info.name.partition(".")[0]
+                member = read_header(header)
+            except ShardError as error:
+                raise ShardError(f"{path}: byte {position}, after key {key}: {error}") from error
+            member_key = member.name.partition(".")[0]
             if key is not None and member_key != key:
                 yield key, start, bytes(sample)
                 start, sample = position, bytearray()
             key = member_key
-            padded = -(-info.size // BLOCKSIZE) * BLOCKSIZE
-            if file.tell() + padded > size:
-                raise ShardError(f"{path}: key {key}: member {info.name!r} of {info.size} bytes is cut short")
+            if file.tell() + member.padded > size:
+                raise ShardError(f"{path}: key {key}: member {member.name!r} of {member.size} bytes is cut short")
             if content:
-                sample += header + file.read(padded)
+                sample += header + file.read(member.padded)
             else:
-                file.seek(padded, 1)
+                file.seek(member.padded, 1)
         if key is not None:
             yield key, start, bytes(sample)
-        if file.read().strip(NUL):
+        if file.read().strip(b"\0"):
             raise ShardError(f"{path}: key {key}: bytes after the end mark")
 
 

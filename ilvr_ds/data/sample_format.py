@@ -8,16 +8,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ilvr_ds.contracts import IGNORE_INDEX, ImageRef, Record
-from ilvr_ds.data.images import merged_tokens
+from ilvr_ds.data.images import MERGE, Grid, merged_tokens
+from ilvr_ds.data.tar_members import read_members
 from ilvr_ds.errors import ShardError
 
 
@@ -60,26 +59,19 @@ def parse_sample(blob: bytes) -> RawSample:
     """Take one sample's run of tar members apart. Raises ShardError (without naming the shard: the caller does)."""
     members: dict[str, bytes] = {}
     keys = set()
-    try:
-        with tarfile.open(fileobj=io.BytesIO(blob), mode="r:") as tar:
-            for info in tar:
-                key, _, name = info.name.partition(".")
-                content = tar.extractfile(info)
-                if content is None:
-                    raise ShardError(f"member {info.name!r} is not a file")
-                members[name] = content.read()
-                keys.add(key)
-                if len(members[name]) != info.size:
-                    raise ShardError(f"member {info.name!r} is cut short")
-    except tarfile.TarError as error:
-        raise ShardError(f"not a tar member ({error})") from error
+    for path, content in read_members(blob):
+        key, _, name = path.partition(".")
+        if name in members:
+            raise ShardError(f"expected one sample, found the member {name!r} twice")
+        members[name] = content
+        keys.add(key)
     if len(keys) != 1:
         raise ShardError(f"expected one sample, found the keys {sorted(keys)}")
     key = keys.pop()
     try:
         json_bytes = members.pop("json")
         tree = json.loads(json_bytes)
-        grids = {name: tuple(grid) for name, grid in tree["grids"].items()}
+        grids = {name: _grid(sides) for name, sides in tree["grids"].items()}
         record = _record_from_json(tree)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ShardError(f"{key}.json is missing or not a sample's JSON ({error!r})") from error
@@ -111,6 +103,13 @@ def record_to_json(record: Record, grids: dict[str, tuple[int, int, int]]) -> by
         "grids": grids,
     }
     return json.dumps(tree, ensure_ascii=False, sort_keys=True).encode()
+
+
+def _grid(sides: list[int]) -> Grid:
+    t, h, w = sides
+    if t != 1 or min(h, w) < MERGE or h % MERGE or w % MERGE:
+        raise ValueError(f"the grid {sides}")
+    return t, h, w
 
 
 def _record_from_json(tree: dict[str, Any]) -> Record:

@@ -18,11 +18,12 @@ import numpy as np
 from ilvr_ds.config import DataConfig
 from ilvr_ds.contracts import Sample
 from ilvr_ds.data.byte_ranges import ByteRange
-from ilvr_ds.data.images import ImageError, image_to_patches, merged_tokens, read_image
+from ilvr_ds.data.images import merged_tokens
 from ilvr_ds.data.index import Manifest, read_index, read_manifest
 from ilvr_ds.data.lengths import IndexColumns
 from ilvr_ds.data.local_files import LocalFiles
 from ilvr_ds.data.order import PlanSource
+from ilvr_ds.data.patches import decode_patches
 from ilvr_ds.data.remote_files import RemoteFiles, is_url
 from ilvr_ds.data.remote_folder import RemoteSettings, fetch_folder
 from ilvr_ds.data.sample_format import RawSample, count_tokens, key_of, parse_sample
@@ -184,38 +185,31 @@ class ShardSet:
         """
         raw = self.read(number) if blob is None else self.parse(number, blob)
         members = (*raw.input_members, *raw.helper_members)
+        grids = tuple(raw.grids[member] for member in members)
         inputs = len(raw.input_members)
-        grids, patches = [], []
-        for member in members if decode_helpers else raw.input_members:
-            try:
-                cut, grid = image_to_patches(np.asarray(read_image(raw.images[member])))
-            except (ImageError, ValueError) as error:
-                raise BatchError(f"sample {raw.record.id!r} ({self.folder}, {raw.key}.{member}): {error}") from error
-            if grid != raw.grids[member]:
-                raise BatchError(
-                    f"sample {raw.record.id!r} ({self.folder}, {raw.key}.{member}): the image has grid {grid}, "
-                    f"its JSON says {raw.grids[member]}"
-                )
-            grids.append(grid)
-            patches.append(cut)
         image_counts = [merged_tokens(grid) for grid in grids[:inputs]]
         latent_size = self.manifest.latent_size
         input_ids, labels = tokenizer.encode_sample(raw.record.prompt, raw.record.steps, image_counts, latent_size)
-        counts = count_tokens(input_ids, labels, tuple(raw.grids[member] for member in members), inputs)
-        for name, value in counts.items():
-            if self.index[number][name] != value:
+        row = self.index[number]
+        for name, value in count_tokens(input_ids, labels, grids, inputs).items():
+            if row[name] != value:
                 raise BatchError(
                     f"sample {raw.record.id!r} ({self.folder}, number {number}): {name} is {value}, the index says "
-                    f"{self.index[number][name]}; run `python -m data_tools.check_shards {self.folder} --tokenizer DIR`"
+                    f"{row[name]}; run `python -m data_tools.check_shards {self.folder} --tokenizer DIR`"
                 )
+        decoded = members if decode_helpers else members[:inputs]
+        try:
+            patches = decode_patches(raw.images, decoded, raw.grids)
+        except BatchError as error:
+            raise BatchError(f"sample {raw.record.id!r} ({self.folder}, {raw.key}.{error})") from error
         return Sample(
             number=number,
             id=raw.record.id,
             input_ids=input_ids,
             labels=labels,
-            grids=tuple(grids),
+            grids=grids[: len(decoded)],
             num_input_images=inputs,
-            patches=np.concatenate(patches) if patches else np.zeros((0, 588), dtype=np.uint8),
+            patches=patches,
             helpers_decoded=decode_helpers,
         )
 
