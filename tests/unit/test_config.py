@@ -50,6 +50,36 @@ def test_a_wrong_override_names_the_key(tmp_path, override, named):
         load_recipe(write(tmp_path, MINIMAL), [override])
 
 
+TWO = [{"shards": "a", "weight": 2}, {"shards": "b"}]
+
+
+def test_sources_to_blend_are_read(tmp_path):
+    recipe = load_recipe(write(tmp_path, MINIMAL | {"data": {"sources": TWO}}))
+    assert recipe.data.shards is None
+    assert [(s.shards, s.weight) for s in recipe.data.sources] == [("a", 2.0), ("b", 1.0)]
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe)), "dump") == recipe
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({}, "exactly one of data.shards and data.sources"),
+        ({"shards": "s", "sources": TWO}, "exactly one of data.shards and data.sources"),
+        ({"sources": [*TWO, {"shards": "c", "weight": 0}]}, "data.sources[2].weight=0.0: allowed: above 0"),
+        ({"sources": [{"shards": "a", "weight": -1}]}, "data.sources[0].weight=-1.0"),
+        ({"sources": [{"shards": "a", "weight": "much"}]}, "data.sources[0].weight='much': expected float"),
+        ({"sources": [{"weight": 1}]}, "data.sources[0].shards is missing"),
+        ({"sources": [{"shards": "a", "wieght": 1}]}, "data.sources[0].wieght"),
+        ({"sources": ["a"]}, "data.sources[0]"),
+        ({"sources": "a"}, "data.sources"),
+        ({"shards": "s", "shuffle_window": 0}, "data.shuffle_window=0: allowed: 1 or more"),
+    ],
+)
+def test_wrong_sources_are_named(tmp_path, data, named):
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        load_recipe(write(tmp_path, MINIMAL | {"data": data}))
+
+
 def test_a_close_key_is_suggested(tmp_path):
     with pytest.raises(ConfigError, match=r"did you mean data\.token_budget"):
         load_recipe(write(tmp_path, MINIMAL), ["data.token_budgets=1"])
