@@ -35,6 +35,13 @@ def test_walking_over_the_goal_counts_by_the_rule():
     assert best_blind_plan([first, second], 4, "mirage").solved == 1  # RR walks over the first map's goal
 
 
+@pytest.mark.parametrize("rule", ["mirage", "original"])
+def test_no_plan_leads_through_a_hole(rule):
+    maps = [parse_map([[1, -1, 2], [0] * 3, [0] * 3])] * 3
+    assert best_blind_plan(maps, 4, rule).plan == "DRRU"  # RR would be shorter
+    assert best_blind_plan(maps, 3, rule).solved == 0
+
+
 @pytest.mark.parametrize(
     ("maps", "moves", "message"),
     [
