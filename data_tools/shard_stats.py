@@ -3,8 +3,9 @@
     python -m data_tools.shard_stats DIR --token-budget 8192 --samples-per-step 64 --world 8 64 --png stats.png
 
 Reads the index alone (memory-mapped, any size). With --token-budget and --samples-per-step it plans --steps steps,
-evenly spread over the first epoch, for every number of ranks in --world, with the costs of Qwen2.5-VL-7B (a recipe's
-own: `python launch/train.py --recipe R --describe WORLD`). Exit code 1 on an error.
+evenly spread over the first epoch, for every number of ranks in --world: those that training with this seed and shuffle
+window takes, with the costs of Qwen2.5-VL-7B (a recipe's own: `python launch/train.py --recipe R --describe WORLD`).
+Exit code 1 on an error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 from data_tools.stats_plot import plot_stats
 from ilvr_ds.data.index import write_text
-from ilvr_ds.data.plan import Lengths, Planner, imbalances
+from ilvr_ds.data.order import WINDOW, PlanSource
+from ilvr_ds.data.plan import Planner, imbalances, steps_per_epoch
 from ilvr_ds.data.remote_folder import RemoteSettings
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.stats import COLUMNS, IndexStats, ValueCounts, read_stats
@@ -68,11 +70,10 @@ def _run(options: argparse.Namespace) -> None:
     }
     print(_text(report, stats))
     if options.token_budget is not None:
-        lengths = Lengths.from_index(index)
+        sources = shards.plan_sources(helpers=not options.no_helpers)
         for budget in options.token_budget:
             for world in options.world:
-                plan = plan_facts(lengths, stats, budget, options.samples_per_step, world, options.seed, options.steps)
-                report["plans"].append(plan)
+                report["plans"].append(plan_facts(sources, stats, budget, world, options))
         print(_plan_text(report["plans"], options.samples_per_step))
     if options.json is not None:
         write_text(options.json, json.dumps(report, indent=1) + "\n")
@@ -83,17 +84,20 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def plan_facts(
-    lengths: Lengths, stats: IndexStats, budget: int, samples_per_step: int, world: int, seed: int, steps: int
+    sources: list[PlanSource], stats: IndexStats, budget: int, world: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Plan up to `steps` steps, evenly spread over the first epoch; a sample over the budget makes `too_long`."""
+    """Plan up to `options.steps` steps, evenly spread over the first epoch; a sample over the budget: `too_long`."""
+    samples_per_step = options.samples_per_step
     facts: dict[str, Any] = {"token_budget": budget, "world": world, "samples_per_step": samples_per_step}
-    facts["steps_per_epoch"] = -(-len(lengths) // samples_per_step)
+    facts["steps_per_epoch"] = steps_per_epoch(sum(len(source.lengths) for source in sources), samples_per_step)
     facts["too_long"] = stats.columns["tokens"].above(budget)
     if facts["too_long"]:
         return facts
-    planner = Planner(lengths, seed=seed, samples_per_step=samples_per_step, token_budget=budget, world=world)
-    facts["steps_per_epoch"] = planner.steps_per_epoch
-    chosen = np.unique(np.linspace(0, planner.steps_per_epoch - 1, steps).astype(np.int64))
+    planner = Planner(
+        sources, seed=options.seed, samples_per_step=samples_per_step, token_budget=budget, world=world,
+        window=options.shuffle_window,
+    )  # fmt: skip
+    chosen = np.unique(np.linspace(0, planner.steps_per_epoch - 1, options.steps).astype(np.int64))
     bar = tqdm(chosen.tolist(), unit="step", desc=f"world {world}", file=sys.stderr, leave=False)
     plans = [planner.step(step) for step in bar]
     micro = sum(plan.n_micro for plan in plans)
@@ -178,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--world", type=_positive, nargs="+", default=[1, 8], metavar="N", help="numbers of ranks (default: 1 8)")
     add("--steps", type=_positive, default=100, metavar="N", help="steps to plan (default: 100)")
     add("--seed", type=int, default=0, help="run.seed (default: 0)")
+    window = f"data.shuffle_window (default: {WINDOW})"
+    add("--shuffle-window", type=_positive, default=WINDOW, metavar="N", help=window)
+    add("--no-helpers", action="store_true", help="helper images cost nothing: a stage that does not look at them")
     add("--json", type=Path, metavar="FILE.json", help="write everything here")
     add("--png", type=Path, metavar="FILE.png", help="draw histograms here")
     return parser

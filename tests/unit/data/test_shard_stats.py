@@ -1,5 +1,6 @@
 """shard_stats: counts of the index are those of numpy, chunks do not matter, plans are the planner's."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image
 import ilvr_ds.data.stats as stats_module
 from data_tools.build_shards import main as build_main
 from data_tools.shard_stats import main
-from ilvr_ds.data.index import INDEX_DTYPE, read_index, read_manifest
-from ilvr_ds.data.plan import Lengths, Planner, run_imbalance
+from ilvr_ds.data.index import INDEX_DTYPE, ShardEntry, read_index, read_manifest, write_index, write_text
+from ilvr_ds.data.lengths import Lengths
+from ilvr_ds.data.plan import Planner, imbalances, run_imbalance
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.stats import CELLS, ValueCounts, read_stats
 
@@ -97,14 +99,14 @@ def test_the_command(folder, tmp_path, capsys):
     assert "12 spans of 8 latents, 1 samples without a span" in text
     report = json.loads((tmp_path / "stats.json").read_text())
     assert report["reject_reasons"] == {"broken_json": 1}
-    index = ShardSet.open(folder).index
-    lengths = Lengths.from_index(index)
+    shards = ShardSet.open(folder)
+    lengths = Lengths.from_index(shards.index)
     for plan in report["plans"]:
         budget, world = plan["token_budget"], plan["world"]
         if (lengths.tokens > budget).any():
             assert plan["too_long"] == int((lengths.tokens > budget).sum()) and "imbalance" not in plan
             continue
-        planner = Planner(lengths, seed=0, samples_per_step=4, token_budget=budget, world=world)
+        planner = Planner(shards.plan_sources(), seed=0, samples_per_step=4, token_budget=budget, world=world)
         plans = [planner.step(step) for step in range(planner.steps_per_epoch)]
         assert plan["steps_per_epoch"] == plan["steps_planned"] == 4
         assert plan["micro_batches_per_step"] == sum(p.n_micro for p in plans) / 4
@@ -122,6 +124,34 @@ def test_steps_are_spread_over_the_epoch(folder, capsys, tmp_path):
     assert main([str(folder), *options, "--json", str(tmp_path / "s.json")]) == 0
     plan = json.loads((tmp_path / "s.json").read_text())["plans"][0]
     assert (plan["steps_per_epoch"], plan["steps_planned"]) == (13, 3)
+
+
+@pytest.fixture
+def many(folder, tmp_path):
+    """A finished folder whose index says 600 samples in three shards; of the tars only the sizes are true."""
+    index, manifest = random_index(600), read_manifest(folder)
+    index["shard"] = np.arange(600) // 200
+    entries = tuple(ShardEntry(f"shard-{i:06d}.tar", 1024, "0" * 64, 200) for i in range(3))
+    (tmp_path / "many").mkdir()
+    for entry in entries:
+        (tmp_path / "many" / entry.name).write_bytes(bytes(1024))
+    changed = {"index_sha256": write_index(tmp_path / "many", index), "built": 600, "shards": entries}
+    write_text(tmp_path / "many" / "manifest.json", dataclasses.replace(manifest, **changed).to_json())
+    return tmp_path / "many"
+
+
+@pytest.mark.parametrize("window", [64, 65_536])
+@pytest.mark.parametrize("helpers", [True, False])
+def test_the_plans_are_those_training_will_see(many, tmp_path, window, helpers):
+    options = ["--token-budget", "8192", "--samples-per-step", "32", "--world", "2", "--seed", "3"]
+    options += ["--shuffle-window", str(window), "--json", str(tmp_path / "s.json"), *["--no-helpers"][: not helpers]]
+    assert main([str(many), *options]) == 0
+    plan = json.loads((tmp_path / "s.json").read_text())["plans"][0]
+    sources = ShardSet.open(many).plan_sources(helpers)
+    planner = Planner(sources, seed=3, samples_per_step=32, token_budget=8192, world=2, window=window)
+    balance = imbalances([planner.step(step) for step in range(planner.steps_per_epoch)])
+    assert (plan["imbalance"], plan["imbalance_text"]) == (balance.total, balance.text)
+    assert plan["imbalance_vision"] == balance.vision
 
 
 def test_errors(folder, tmp_path, capsys):
