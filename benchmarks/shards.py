@@ -132,7 +132,7 @@ def _build(folder: Path, out: Path, tokenizer: ChatTokenizer, workers: int, coun
         if progress.stage == "shards" and progress.records > 0:
             reports.append((time.perf_counter(), progress.records))
 
-    settings = BuildSettings(folder / "records.jsonl", "ilvr", folder, out, samples_per_shard=max(1, count // 12))
+    settings = BuildSettings((folder / "records.jsonl",), "ilvr", folder, out, samples_per_shard=max(1, count // 12))
     build(settings, tokenizer, note, workers=workers)
     (begin, first), (end, last) = reports[0], reports[-1]
     return (last - first) / max(end - begin, 1e-9)

@@ -26,10 +26,13 @@ from tqdm import tqdm
 from ilvr_ds.data.assistant_view import ASSISTANT_VIEWS
 from ilvr_ds.data.build import BuildSettings, Job, Progress, build, build_job, survey_only
 from ilvr_ds.data.formats import FormatName
+from ilvr_ds.data.formats.input_files import input_files
 from ilvr_ds.data.images import MAX_PIXELS, MIN_PIXELS, ImageSettings
 from ilvr_ds.data.index import REJECTS_NAME, Manifest
 from ilvr_ds.data.tokens import ChatTokenizer
-from ilvr_ds.errors import IlvrError
+from ilvr_ds.errors import ConfigError, IlvrError
+
+STORAGE = ImageSettings()  # its defaults
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,10 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    inputs = input_files([path for given in options.input for path in given])
+    folders = sorted({path.parent for path in inputs})
+    if options.image_root is None and len(folders) > 1:
+        raise ConfigError(
+            f"--input: files in several folders ({folders[0]}, {folders[-1]}): give the --image-root that relative "
+            f"image paths start from"
+        )
     settings = BuildSettings(
-        source=options.input,
+        inputs=inputs,
         source_format=options.format,
-        image_root=options.image_root or options.input.parent,
+        image_root=options.image_root or folders[0],
         out=options.out,
         latent_size=options.latent_size,
         samples_per_shard=options.samples_per_shard,
@@ -57,6 +67,9 @@ def _run(options: argparse.Namespace) -> int:
             input_max_pixels=options.input_max_pixels,
             helper_min_pixels=options.helper_min_pixels,
             helper_max_pixels=options.helper_max_pixels,
+            jpeg_quality=options.jpeg_quality or None,
+            jpeg_saving=options.jpeg_saving,
+            jpeg_max_error=options.jpeg_max_error,
         ),
     )
     job = Job(options.job_index, options.job_count)
@@ -126,7 +139,9 @@ class _Bar:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.build_shards", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="FILE", help=".jsonl, .json (also .gz, .zst) or .parquet")
+    add("--input", type=Path, required=True, nargs="+", action="append", metavar="FILE",
+        help=".jsonl, .json (also .gz, .zst) or .parquet; several, a folder or a 'pattern*' are read in their order, "
+        "folders and patterns sorted by name")  # fmt: skip
     add("--format", choices=get_args(FormatName), default="ilvr", help="schema of the records (default: ilvr)")
     add("--image-root", type=Path, metavar="DIR", help="where relative image paths start (default: the input's folder)")
     add("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with the model's tokenizer.json")
@@ -146,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     for role in ("input", "helper"):
         add(f"--{role}-min-pixels", type=int, default=MIN_PIXELS, metavar="N", help=f"smaller {role} images grow")
         add(f"--{role}-max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"larger {role} images shrink")
+    add("--jpeg-quality", type=int, default=STORAGE.jpeg_quality, metavar="Q",
+        help="of photographs, 1 to 100; 0: every image is a PNG (default: %(default)s)")  # fmt: skip
+    add("--jpeg-saving", type=float, default=STORAGE.jpeg_saving, metavar="F",
+        help="JPEG only where a PNG would be more than so many times as large (default: %(default)s)")  # fmt: skip
+    add("--jpeg-max-error", type=float, default=STORAGE.jpeg_max_error, metavar="E",
+        help="JPEG only where pixels are off by no more than this, mean of 0..255 (default: %(default)s)")  # fmt: skip
     add("--max-reject-fraction", type=float, default=1.0, metavar="F",
         help="stop with an error above this share of the records (default: 1.0)")  # fmt: skip
     return parser

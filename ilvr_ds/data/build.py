@@ -20,6 +20,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ilvr_ds.data.build_merge import finish, remove_temporaries
@@ -35,7 +36,7 @@ from ilvr_ds.data.build_settings import (
 )
 from ilvr_ds.data.build_survey import ID_HASH, SURVEY, Survey, find_duplicates, load_survey, save_survey
 from ilvr_ds.data.build_worker import ShardSummary, Task, Work
-from ilvr_ds.data.formats.source import open_source
+from ilvr_ds.data.formats.source import open_sources
 from ilvr_ds.data.index import Manifest
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.data.whole_file import TEMPORARY, cannot_write
@@ -110,7 +111,7 @@ def check_reject_fraction(reasons: Counter[str], records: int, allowed: float, e
 
 def _begin(settings: BuildSettings, tokenizer: ChatTokenizer) -> tuple[Work, dict[str, Any]]:
     prepare_folder(settings.out)
-    source = open_source(settings.source, settings.source_format, settings.out / PROGRESS)
+    source = open_sources(settings.inputs, settings.source_format, settings.out / PROGRESS)
     identity = build_identity(settings, source.sha256, len(source), tokenizer)
     claim_folder(settings.out, identity)
     return Work(settings, source, tokenizer), identity
@@ -124,7 +125,7 @@ def _build(
     workers: int,
     max_reject_fraction: float,
 ) -> tuple[dict[str, Any], list[ShardSummary]]:
-    before = settings.source.stat()
+    before = _stamps(settings)
     work, identity = _begin(settings, tokenizer)
     total = len(work.source)
     numbers = job.shards(shard_count(total, settings.samples_per_shard))
@@ -139,10 +140,16 @@ def _build(
                 tally.finished(task, summary, pool)
     finally:
         remove_temporaries(settings.out, numbers)  # of workers that were stopped
-    after = settings.source.stat()
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise ShardError(f"{settings.source} changed during the build; remove {settings.out} and build again")
+    changed = [path for path, stamp in _stamps(settings).items() if stamp != before[path]]
+    if changed:
+        raise ShardError(f"{changed[0]} changed during the build; remove {settings.out} and build again")
     return identity, tally.summaries
+
+
+def _stamps(settings: BuildSettings) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of every input file."""
+    facts = {path: path.stat() for path in settings.inputs}
+    return {path: (fact.st_size, fact.st_mtime_ns) for path, fact in facts.items()}
 
 
 def _survey(work: Work, on_progress: Callable[[Progress], None], workers: int) -> Survey:

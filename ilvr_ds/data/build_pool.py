@@ -159,7 +159,7 @@ class WorkerPool:
         code, task = worker.process.exitcode, worker.task
         worker.connection.close()
         place = int(worker.numbers[0])
-        at = "" if task is None else f" at record {place + 1} of {self._work.settings.source}"
+        at = "" if task is None else f" at record {place + 1}, {self._work.source.origin(place)}"
         if code != FORK_SERVER_GONE and (code is None or code >= 0):
             raise RuntimeError(f"a build worker ended with exit code {code}{at}: a bug; its traceback is above")
         name = "its fork server ended" if code == FORK_SERVER_GONE else signal.Signals(-code).name

@@ -13,6 +13,7 @@ from PIL import features
 
 from ilvr_ds.data.assistant_view import AssistantView
 from ilvr_ds.data.formats import FormatName
+from ilvr_ds.data.formats.input_files import input_name
 from ilvr_ds.data.images import FACTOR, ImageSettings
 from ilvr_ds.data.index import FORMAT_VERSION, MANIFEST_NAME
 from ilvr_ds.data.tokens import ChatTokenizer
@@ -27,7 +28,7 @@ IDENTITY = "build.json"
 class BuildSettings:
     """Everything that decides the bytes of the shards, but the tokenizer. Raises ConfigError when impossible."""
 
-    source: Path  # a file of records
+    inputs: tuple[Path, ...]  # files of records, in this order
     source_format: FormatName
     image_root: Path
     out: Path
@@ -38,13 +39,22 @@ class BuildSettings:
     images: ImageSettings = field(default_factory=ImageSettings)
 
     def __post_init__(self) -> None:
-        if not self.source.is_file():
-            raise ConfigError(f"--input {self.source}: no such file")
+        for path in self.inputs:
+            if not path.is_file():
+                raise ConfigError(f"--input {path}: no such file")
+        if not self.inputs:
+            raise ConfigError("--input: no files of records")
         if not self.image_root.is_dir():
             raise ConfigError(f"--image-root {self.image_root}: no such folder")
         for name in ("latent_size", "samples_per_shard"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: allowed: 1 or more")
+        quality = self.images.jpeg_quality
+        if quality is not None and not 1 <= quality <= 100:
+            raise ConfigError(f"--jpeg-quality {quality}: allowed: 1 to 100, or 0 for PNG always")
+        for name, low in (("jpeg_saving", 1.0), ("jpeg_max_error", 0.0)):
+            if not low <= getattr(self.images, name) < float("inf"):
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self.images, name)}: allowed: {low} or more")
         for role in ("input", "helper"):
             low, high = self.images.bounds(role)
             if not (1 <= low <= high and high >= FACTOR**2):
@@ -84,7 +94,7 @@ def build_identity(settings: BuildSettings, sha256: str, records: int, tokenizer
     """
     return {
         "format_version": FORMAT_VERSION,
-        "input": settings.source.name,
+        "input": input_name(settings.inputs),
         "input sha256": sha256,
         "records": records,
         "format": settings.source_format,

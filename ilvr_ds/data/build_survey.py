@@ -18,7 +18,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ilvr_ds.contracts import Record
 from ilvr_ds.data.build_settings import PROGRESS
 from ilvr_ds.data.whole_file import write_whole
 
@@ -31,7 +30,7 @@ AT_ONCE = 1 << 22  # hashes sorted in memory at a time
 class Survey:
     """What one pass over the input tells."""
 
-    bad: int  # records whose fields are wrong; they own no id
+    bad: int  # records whose fields (images aside) are wrong; they own no id
     duplicates: np.ndarray  # (n, 2) int64: place of a record whose id was taken, place of its owner; ascending
 
     def duplicates_within(self, start: int, stop: int) -> dict[int, int]:
@@ -40,9 +39,9 @@ class Survey:
         return {int(place): int(owner) for place, owner in self.duplicates[first:last]}
 
 
-def id_hash(record: Record) -> bytes:
-    """16 bytes that stand for the record's id."""
-    return hashlib.blake2b(record.id.encode(), digest_size=ID_HASH.itemsize).digest()
+def id_hash(record_id: str) -> bytes:
+    """16 bytes that stand for a record's id."""
+    return hashlib.blake2b(record_id.encode(), digest_size=ID_HASH.itemsize).digest()
 
 
 def find_duplicates(path: Path, records: int, at_once: int = AT_ONCE) -> Survey:

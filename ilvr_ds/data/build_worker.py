@@ -129,8 +129,8 @@ def finished_shard(out: Path, number: int) -> ShardResult | None:
 
 def _survey(work: Work, task: Task, watch: Watch) -> bytes:
     hashes = []
-    for _, item in _records(work, task, watch):
-        hashes.append(bytes(ID_HASH.itemsize) if isinstance(item, RecordError) else id_hash(item))
+    for _, item in _records(work, task, watch, work.source.ids):
+        hashes.append(id_hash(item) if isinstance(item, str) else bytes(ID_HASH.itemsize))
         watch.record_done()
     return b"".join(hashes)
 
@@ -157,7 +157,7 @@ def _write_samples(
     work: Work, task: Task, watch: Watch, shard: ShardWriter
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     rows, rejects = [], []
-    for place, item in _records(work, task, watch):
+    for place, item in _records(work, task, watch, work.source.read):
         try:
             members, counts = _encode(work, task, place, item)
         except RecordError as error:
@@ -177,7 +177,8 @@ def _encode(work: Work, task: Task, place: int, item: Record | RecordError) -> t
     if isinstance(item, RecordError):
         raise item
     if place in task.duplicates:
-        message = f"record {task.duplicates[place] + 1} of the input already has this id; ids must differ"
+        owner = task.duplicates[place]
+        message = f"record {owner + 1} of the input, {work.source.origin(owner)}, already has this id; ids must differ"
         raise RecordError("duplicate_id", message, origin=item.origin, record_id=item.id, field="id")
     sample = encode_record(
         assistant_view(item, work.settings.assistant),
@@ -190,24 +191,29 @@ def _encode(work: Work, task: Task, place: int, item: Record | RecordError) -> t
     return sample.members, sample.counts
 
 
-def _records(work: Work, task: Task, watch: Watch) -> Iterator[tuple[int, Record | RecordError]]:
-    """(place, item) of the task's records. `watch` names a place before its record is read: whatever ends the worker
-    there, the reader's own crash included, is known by its place."""
+def _records(
+    work: Work, task: Task, watch: Watch, read: Callable[[int, int], Iterator[Any]]
+) -> Iterator[tuple[int, Any]]:
+    """(place, item) of the task's records: what `read` gives, or the RecordError of one that crashes its reader.
+
+    `watch` names a place before its record is read: whatever ends the worker there is known by its place.
+    """
     start = task.start
     for stop in [*sorted(task.crashed), task.stop]:
         try:
-            items = work.source.read(start, stop)
+            items = read(start, stop)
             for place in range(start, stop):
                 watch.numbers[0] = place
                 yield place, next(items)
         except OSError as error:
-            raise ShardError(f"--input {work.settings.source}: cannot read: {error}; is it still there?") from error
+            at = work.source.origin(watch.numbers[0])
+            raise ShardError(f"--input {at}: cannot read: {error}; is it still there?") from error
         if stop in task.crashed:
             message = (
                 f"reading or encoding this record ended the process that did it, twice ({task.crashed[stop]}); "
                 f"its images may break the image library: look at them, or leave the record out"
             )
-            yield stop, RecordError("worker_died", message, origin=f"{work.settings.source}:{stop + 1}")
+            yield stop, RecordError("worker_died", message, origin=work.source.origin(stop))
         start = stop + 1
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ilvr_ds.contracts import ImageRef
 from ilvr_ds.data.formats.image_field import image_field
+from ilvr_ds.data.formats.input_files import record_stem
 from ilvr_ds.errors import RecordError
 
 _BOM = b"\xef\xbb\xbf"
@@ -27,6 +28,7 @@ class Line:
     number: int  # 1-based, blank lines counted: what an editor shows
     offset: int  # byte where it starts
     content: bytes
+    stem: str = ""  # what a made-up id begins with; empty: the file's name without its endings
 
     @property
     def origin(self) -> str:
@@ -36,7 +38,7 @@ class Line:
     @property
     def default_id(self) -> str:
         """The id of a record that has none: FILESTEM-LINE, the same whether the file is compressed or not."""
-        return f"{record_stem(self.path)}-{self.number}"
+        return f"{self.stem or record_stem(self.path)}-{self.number}"
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,6 @@ class Fields:
         if len({len(row) for row in rows}) != 1:
             raise self.error("wrong_type", "map_desc", "the rows differ in length")
         return tuple(tuple(row) for row in rows)
-
-
-def record_stem(path: Path) -> str:
-    """The name of an input file without its endings: `train.jsonl.gz` and `train.parquet` are both `train`."""
-    return Path(path.name.removesuffix(".gz").removesuffix(".zst")).stem
 
 
 def read_lines(path: Path) -> Iterator[Line]:

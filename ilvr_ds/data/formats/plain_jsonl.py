@@ -10,39 +10,51 @@ import codecs
 import gzip
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
+from ilvr_ds.data.formats.jsonl import read_lines
+from ilvr_ds.data.whole_file import whole_file
 from ilvr_ds.errors import ConfigError
 
 CHUNK = 1 << 20  # bytes read at a time
+LINES = 1 << 12  # lines noted at a time
+OFFSET = np.dtype("<i8")
 
 
 def plain_jsonl(path: Path, is_array: bool, digest: str, scratch: Path) -> Path:
     """`path` (maybe .gz or .zst; a JSON array or object of records if `is_array`) as a JSONL file in `scratch`.
 
-    Raises ConfigError when the input cannot be decompressed, is no JSON array, or `scratch` cannot be written.
+    Raises ConfigError when the input cannot be decompressed or is no JSON array, ShardError when `scratch` cannot be
+    written.
     """
     target = scratch / f"input-{digest[:16]}.jsonl"
-    if target.is_file():
-        return target
-    temporary = scratch / f"{target.name}.{os.getpid()}.tmp"
-    try:
+    if not target.is_file():
         scratch.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with whole_file(target) as file:  # reading has its own errors below: an OSError here is the disk's
             pieces = _unpacked(path)
             for piece in _array_lines(pieces, path) if is_array else pieces:
                 file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:  # reading has its own errors below: this is the disk
-        raise ConfigError(f"{scratch}: cannot write the decompressed input there: {error}; free some space") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    return target
+
+
+def line_offsets(plain: Path, digest: str, scratch: Path) -> Path:
+    """A file in `scratch` of where each line of `plain` starts: OFFSET each, (lines,); blank lines at the end left out.
+
+    Raises ShardError when `scratch` cannot be written.
+    """
+    target = scratch / f"lines-{digest[:16]}"
+    if not target.is_file():
+        scratch.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as file:
+            offsets = (line.offset for line in read_lines(plain))
+            while (some := np.fromiter(islice(offsets, LINES), OFFSET)).size:
+                file.write(some.tobytes())
     return target
 
 

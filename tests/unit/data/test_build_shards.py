@@ -64,7 +64,7 @@ def test_every_record_is_built_or_rejected_and_neighbours_survive(run, write_rec
     assert found["broken_json"]["origin"] == f"{source}:2" and found["broken_json"]["id"] is None
     assert found["missing_image"]["id"] == "b" and "none.png" in found["missing_image"]["message"]
     assert found["missing_image"]["field"] == "input image none.png"
-    assert "record 1 of the input already has this id" in found["duplicate_id"]["message"]
+    assert f"record 1 of the input, {source}:1, already has this id" in found["duplicate_id"]["message"]
     shards = ShardSet.open(tmp_path / "out")
     assert [shards.sample_id(i) for i in range(2)] == ["a", "c"]
     assert [shards.read(i).key for i in range(2)] == ["000000000", "000000004"]  # place in the input, not in the index
@@ -189,4 +189,4 @@ def test_plain_webdataset_and_tar_read_the_shards(run, write_records, good_recor
 def test_settings_name_the_option(tmp_path):
     with pytest.raises(ConfigError, match=r"--image-root .*nowhere"):
         (tmp_path / "x.jsonl").touch()
-        BuildSettings(tmp_path / "x.jsonl", "ilvr", tmp_path / "nowhere", tmp_path / "out")
+        BuildSettings((tmp_path / "x.jsonl",), "ilvr", tmp_path / "nowhere", tmp_path / "out")

@@ -52,7 +52,7 @@ def records(tmp_path_factory):
 
 def test_equals_what_training_reads_from_shards(records, tokenizer, tmp_path):
     """Built into shards and read back as training does: ids, positions, grids and patches are the same."""
-    settings = BuildSettings(records, "ilvr", records.parent, tmp_path / "shards", latent_size=3, images=IMAGES)
+    settings = BuildSettings((records,), "ilvr", records.parent, tmp_path / "shards", latent_size=3, images=IMAGES)
     build(settings, tokenizer, lambda n: None)
     shards = ShardSet.open(tmp_path / "shards")
     assert len(shards) == len(PROMPTS)
