@@ -91,7 +91,7 @@ def test_range_requests_give_the_same_batches_and_the_cache_answers_the_next_tim
 
 def test_nginx(folder, tokenizer, local, tmp_path):
     with nginx(folder, tmp_path / "nginx") as url:
-        assert same(batches(ShardSet.open(url, remote(tmp_path)), tokenizer, workers=1), local)
+        assert same(batches(ShardSet.open(url, remote(tmp_path)), tokenizer), local)
     lines = (tmp_path / "nginx" / "access.log").read_text().splitlines()
     ranged = [line for line in lines if ".tar" in line]
     assert ranged and all('" 206 ' in line for line in ranged)
