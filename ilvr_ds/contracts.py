@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from torch import Tensor
 
@@ -31,7 +33,8 @@ class ImageRef:
     """
 
     path: str
-    content: bytes | None = field(default=None, repr=False)  # a whole image file: PNG, JPEG, ...
+    # a whole image file (PNG, JPEG, ...), or what makes it: pictures that are drawn are so when somebody looks
+    content: bytes | Callable[[], bytes] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

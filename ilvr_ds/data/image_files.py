@@ -25,7 +25,7 @@ def read_image_file(image: ImageRef, root: Path) -> bytes:
     Raises ImageError missing_image, ambiguous_image, unreadable_image.
     """
     if image.content is not None:
-        return image.content
+        return image.content if isinstance(image.content, bytes) else image.content()
     archive, separator, member = image.path.partition(MEMBER)
     if separator:
         return _read_member(root / archive, member)

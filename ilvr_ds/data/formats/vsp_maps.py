@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -29,12 +30,14 @@ MOVES_PER_HELPER = 2
 
 
 def parse_fields(fields: Fields) -> Record:
-    """One object as a `Record`. Raises RecordError (reasons of `jsonl`, and bad_map, no_safe_plan, marker_count), and
-    PuzzleError when the sprites to draw with are not installed."""
+    """One object as a `Record`. Raises RecordError (reasons of `jsonl`, and bad_map, no_safe_plan, marker_count).
+
+    The pictures are drawn when their bytes are asked for; PuzzleError then, if the sprites are not installed.
+    """
     fields.take("map_desc")
     fields.take_map()  # the types
     puzzle, map_desc = _puzzle(fields)
-    pictures = {frame.path: ImageRef(frame.path, _draw(map_desc, frame)) for frame in puzzle.frames}
+    pictures = {frame.path: ImageRef(frame.path, _Drawing(map_desc, frame)) for frame in puzzle.frames}
     text = fields.take_text("text_input")
     own = fields.take_images("image_input") if "image_input" in fields.tree else (pictures[puzzle.frames[0].path],)
     prompt = fill_markers(fields, "text_input", text, IMAGE_MARKER, own) if IMAGE_MARKER in text else (*own, text)
@@ -52,11 +55,18 @@ def parse_fields(fields: Fields) -> Record:
     )
 
 
-def _draw(map_desc: MapDesc, frame: Frame) -> bytes:
-    """The picture as PPM: it is on its way to a resize, compressing it now would take longer than drawing it."""
-    buffer = io.BytesIO()
-    Image.fromarray(render(map_desc, frame.position, frame.last_move)).save(buffer, format="PPM")
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class _Drawing:
+    """A picture of the lake that is not drawn yet."""
+
+    map_desc: MapDesc
+    frame: Frame
+
+    def __call__(self) -> bytes:
+        """The picture as PPM: it is on its way to a resize, compressing it now would take longer than drawing it."""
+        buffer = io.BytesIO()
+        Image.fromarray(render(self.map_desc, self.frame.position, self.frame.last_move)).save(buffer, format="PPM")
+        return buffer.getvalue()
 
 
 def _puzzle(fields: Fields) -> tuple[PuzzleRecord, MapDesc]:

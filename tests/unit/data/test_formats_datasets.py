@@ -135,11 +135,11 @@ def test_vsp_plans_are_shortest_and_safe_and_drawn():
     assert simulate(record.map_desc, record.answer.split(",")).outcome == "success"
     assert record.answer == "D,L,L,U"
     helpers = [step for step in record.steps if isinstance(step, ImageRef)]
-    assert len(helpers) == 2 and all(Image.open(io.BytesIO(h.content)).size == (192, 192) for h in helpers)
+    assert len(helpers) == 2 and all(Image.open(io.BytesIO(h.content())).size == (192, 192) for h in helpers)
     assert record.steps[-1] == "The final answer is: \\boxed{D,L,L,U}"
     assert parse("vsp") == record
     drawn = parse("vsp", without="image_input")
-    assert Image.open(io.BytesIO(drawn.prompt[1].content)).size == (192, 192)
+    assert Image.open(io.BytesIO(drawn.prompt[1].content())).size == (192, 192)
 
 
 def test_m3cot():
