@@ -247,6 +247,8 @@ def test_recipes_of_the_controls_differ_in_what_defines_them_alone(repository):
     assert recipes.keys() == {
         "sft", "text", "pause", "mirage", "mirage_stage2", "ilvr_frozen", "ilvr", "ilvr_stage2"
     }  # fmt: skip
+    base = recipes["ilvr"]
+    assert recipes["mirage_stage2"]["optimizer"] == recipes["ilvr_stage2"]["optimizer"]
     for name, recipe in recipes.items():
         assert recipe["name"] == name
         stage2 = name.endswith("stage2")
@@ -254,10 +256,9 @@ def test_recipes_of_the_controls_differ_in_what_defines_them_alone(repository):
             "run": {**recipe["run"], "dir": "", "epochs": 5},
             "data": {**recipe["data"], "shards": ""},
             "model": {**recipe["model"], "path": ""},
-            "optimizer": {**recipe["optimizer"], "lr": 1e-3 if stage2 else recipe["optimizer"]["lr"]},
+            "optimizer": {**recipe["optimizer"], "lr": base["optimizer"]["lr"] if stage2 else recipe["optimizer"]["lr"]},
             "engine": recipe["engine"],
         }
-        base = recipes["ilvr"]
         assert same == {
             "run": {**base["run"], "dir": ""},
             "data": {**base["data"], "shards": ""},
