@@ -22,6 +22,7 @@ _PLACES = 5  # of each bin of a pair that are shared out at a time
 # is the first one with the bins swapped.
 _TO_FIRST = np.array([np.isin(np.arange(2 * _PLACES), chosen) for chosen in combinations(range(2 * _PLACES), _PLACES)])
 _SIGNS = np.where(_TO_FIRST.T, 0.5, -0.5)  # (10, 252)
+_HALF_THE_SIGNS = _SIGNS[:, : _SIGNS.shape[1] // 2].copy()  # (10, 126)
 _GOOD = np.array([1.010, 1.030])  # text, vision: dearest bin over the mean where levelling ends
 
 
@@ -102,7 +103,7 @@ def _share(
     middle = (load_a + load_b) / 2
     # A way to share out puts the bins at middle + half and middle - half.
     if slots.shape[1] == _PLACES:  # nothing stays, so one half of the ways mirrors the other
-        half = item_values @ _SIGNS[:, : _SIGNS.shape[1] // 2]  # (3, p, 126)
+        half = item_values @ _HALF_THE_SIGNS  # (3, p, 126)
     else:
         half = item_values @ _SIGNS  # (3, p, 252)
         half += ((load_a - load_b) / 2 - item_values @ _SIGNS[:, 0])[:, :, None]
