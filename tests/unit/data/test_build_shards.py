@@ -129,7 +129,8 @@ def test_a_stopped_build_keeps_finished_shards(run, write_records, good_record, 
 @pytest.mark.parametrize(
     ("options", "named"),
     [(["--latent-size", 3], "latent size: 8 there, 3 now"), (["--samples-per-shard", 5], "samples per shard"),
-     (["--input-max-pixels", 4000], "images"), (["--max-tokens", 500], "max tokens")],
+     (["--input-max-pixels", 4000], "images"), (["--max-tokens", 500], "max tokens"),
+     (["--jpeg-quality", 0], "images")],
 )  # fmt: skip
 def test_another_build_in_the_same_folder_is_refused(run, write_records, good_record, tmp_path, capsys, options, named):
     source = write_records([good_record("a"), good_record("b")])
@@ -190,3 +191,27 @@ def test_settings_name_the_option(tmp_path):
     with pytest.raises(ConfigError, match=r"--image-root .*nowhere"):
         (tmp_path / "x.jsonl").touch()
         BuildSettings((tmp_path / "x.jsonl",), "ilvr", tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_storage_settings(run, write_records, good_record, tmp_path, capsys):
+    """Noise, which JPEG stores in less space: as PNG, as JPEG, and at the saving and the error that it still allows."""
+    source = write_records([good_record("a")])
+
+    def stored(out, *options) -> tuple[list[str], dict]:
+        assert run(source, *options, out=out) == 0
+        with tarfile.open(tmp_path / out / "shard-000000.tar") as tar:
+            names = sorted(name.partition(".")[2] for name in tar.getnames())
+        return names, json.loads((tmp_path / out / "manifest.json").read_text())["images"]
+
+    png, jpg = ["help0.png", "in0.png", "json"], ["help0.jpg", "in0.jpg", "json"]
+    names, images = stored("default")
+    assert names == png and (images["jpeg_quality"], images["jpeg_saving"], images["jpeg_max_error"]) == (97, 1.5, 1.0)
+    names, images = stored("jpeg", "--jpeg-quality", 50, "--jpeg-max-error", 99, "--jpeg-saving", 1.1)
+    assert names == jpg and (images["jpeg_quality"], images["jpeg_saving"], images["jpeg_max_error"]) == (50, 1.1, 99)
+    names, images = stored("never", "--jpeg-quality", 0, "--jpeg-max-error", 99)
+    assert names == png and images["jpeg_quality"] is None
+    assert stored("saving", "--jpeg-quality", 50, "--jpeg-max-error", 99, "--jpeg-saving", 50)[0] == png
+    assert stored("error", "--jpeg-quality", 50, "--jpeg-max-error", 0)[0] == png
+    for option, value in (("quality", 101), ("quality", -1), ("saving", 0.5), ("max-error", -1), ("saving", "nan")):
+        assert run(source, f"--jpeg-{option}", value, out="bad") == 1
+        assert f"--jpeg-{option} {value}" in capsys.readouterr().err
