@@ -40,6 +40,10 @@ MAX_PIXELS = 28 * 28 * 16384
 MAX_ASPECT_RATIO = 200
 LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 MAX_FILE_BYTES = 1 << 30  # no image under Pillow's pixel limit needs more
+# A progressive JPEG has about ten scans. Each goes over the whole image and may take 30 bytes of the file: one of a few
+# megabytes can keep the decoder busy for hours. libtiff's limit for JPEG inside TIFF is the same.
+MAX_JPEG_SCANS = 100
+_JPEG, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
 
 # Kinds of files that are opened: those with a signature, decoded inside Pillow. Left out on purpose are kinds that
 # start another program (EPS: Ghostscript) and kinds without a signature (TGA), as which damaged files would pass.
@@ -104,6 +108,10 @@ def read_image(source: bytes | Path) -> Image.Image:
         raise ImageError("zero_size_image", "the image file is empty (0 bytes); fetch or export it again")
     if content.startswith(LFS_PREFIX):
         raise ImageError("git_lfs_pointer", "the file is a Git LFS pointer, not an image; run `git lfs pull`")
+    if content.startswith(_JPEG) and (scans := content.count(_JPEG_SCAN)) > MAX_JPEG_SCANS:
+        raise ImageError(
+            "decompression_bomb", f"a JPEG of {scans} scans, at most {MAX_JPEG_SCANS} are decoded; save it anew"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata

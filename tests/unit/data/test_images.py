@@ -253,3 +253,20 @@ def test_modes_of_published_pictures():
     progressive = io.BytesIO()
     red.save(progressive, format="JPEG", progressive=True, quality=95)
     assert np.abs(np.asarray(read_image(progressive.getvalue())).astype(int) - (200, 30, 40)).max() <= 3
+
+
+@pytest.mark.parametrize(("scans", "allowed"), [(100, True), (101, False), (3000, False)])
+def test_a_jpeg_of_very_many_scans_is_refused(scans, allowed):
+    """Each scan of 30 bytes costs as much as the whole image: a small file could hold a worker for hours."""
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    before = content.count(b"\xff\xda")
+    last = content[content.rindex(b"\xff\xda") : -2]  # without the end marker
+    content = content[:-2] + last * (scans - before) + content[-2:]
+    if allowed:
+        assert read_image(content).size == (64, 64)
+    else:
+        with pytest.raises(ImageError, match=f"{scans} scans") as caught:
+            read_image(content)
+        assert caught.value.reason == "decompression_bomb"
