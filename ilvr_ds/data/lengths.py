@@ -6,6 +6,8 @@ needed and keeps none, so a planner's memory does not grow with the data set.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
@@ -73,14 +75,22 @@ class IndexColumns:
 
     def __init__(self, index: np.ndarray, helpers: bool = True):
         self._index, self._helpers = index, helpers
+        # A part of a map carries the whole map's offset: it is taken for what it is, an array.
+        self._is_file = isinstance(index, np.memmap) and isinstance(index.base, mmap.mmap)
 
     def __len__(self) -> int:
         return len(self._index)
 
     def slices(self, slices: Sequence[slice]) -> IndexColumns:
         """Of the samples of several slices, one after the other, read into memory."""
-        joined = np.concatenate([self._bytes()[piece] for piece in slices])
-        return IndexColumns(joined.view(self._index.dtype)[:, 0], self._helpers)
+        bounds = [piece.indices(len(self))[:2] for piece in slices]
+        counts = [max(0, end - begin) for begin, end in bounds]
+        joined, at = np.empty(sum(counts), self._index.dtype), 0
+        with self._reader() as read:
+            for (begin, _), count in zip(bounds, counts, strict=True):
+                read(begin, joined[at : at + count])
+                at += count
+        return IndexColumns(joined, self._helpers)
 
     def take(self, rows: np.ndarray | slice) -> Lengths:
         """Of the samples `rows` only, in that order."""
@@ -92,18 +102,41 @@ class IndexColumns:
         return np.asarray(self._index).view(np.uint8).reshape(len(self), self._index.dtype.itemsize)
 
     def longest_pieces(self) -> Iterator[np.ndarray]:
-        """The tokens of all samples, in pieces. Reads the file, so that no page of a map stays resident."""
-        for begin in range(0, len(self), _PIECE):
-            count = min(_PIECE, len(self) - begin)
-            if isinstance(self._index, np.memmap):
-                place = self._index.offset + begin * self._index.dtype.itemsize
-                rows = np.fromfile(self._index.filename, self._index.dtype, count, offset=place)
-            else:
-                rows = self._index[begin : begin + count]
-            yield rows["text_tokens"].astype(np.int64) + rows["image_tokens"]
+        """The tokens of all samples, in pieces."""
+        with self._reader() as read:
+            for begin in range(0, len(self), _PIECE):
+                rows = np.empty(min(_PIECE, len(self) - begin), self._index.dtype)
+                read(begin, rows)
+                yield rows["text_tokens"].astype(np.int64) + rows["image_tokens"]
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[Callable[[int, np.ndarray], None]]:
+        """A function that fills an array with the rows from `begin` on.
+
+        A mapped index is read as a file: pages of a map stay resident, with their neighbours, and would add up to the
+        whole index.
+        """
+        index = self._index
+        if not self._is_file:
+            yield lambda begin, rows: np.copyto(rows, index[begin : begin + len(rows)])
+            return
+        with open(index.filename, "rb", buffering=0) as file:
+
+            def read(begin: int, rows: np.ndarray) -> None:
+                file.seek(index.offset + begin * index.dtype.itemsize)
+                missing = memoryview(rows.view(np.uint8))
+                while len(missing):
+                    if not (count := file.readinto(missing)):
+                        raise PlanError(
+                            f"{index.filename}: ends within rows {begin} to {begin + len(rows) - 1}, it was cut while "
+                            "in use; run `python -m data_tools.check_shards DIR` on its folder, then start again"
+                        )
+                    missing = missing[count:]
+
+            yield read
 
     def __reduce__(self) -> tuple:
-        if isinstance(self._index, np.memmap):
+        if self._is_file:
             index = self._index
             return _reopen, (str(index.filename), index.dtype.descr, index.offset, len(index), self._helpers)
         return IndexColumns, (self._index, self._helpers)

@@ -113,6 +113,28 @@ def test_slices_of_an_index_are_its_rows(data, cuts):
         assert joined.patches.tolist() == [n for cut in slices for n in every.patches[cut]]
 
 
+def test_a_mapped_index_is_read_as_a_file(tmp_path):
+    """Its pages would stay in memory: 2.4 GB after 25 windows of 100 million samples."""
+    index = write_index(tmp_path / "index.npy", 5000)
+    slices, every = [slice(7, 900), slice(5, 5), slice(4990, 5010)], Lengths.from_index(index)
+    read = IndexColumns(index).slices(slices).take(slice(None))
+    assert read.tokens.tolist() == [n for piece in slices for n in every.tokens[piece]]
+    part = IndexColumns(index[100:200])  # a part of a map says it begins where the map does
+    assert part.slices([slice(0, 9)]).take(slice(None)).tokens.tolist() == every.tokens[100:109].tolist()
+    assert max(next(part.longest_pieces())) == every.tokens[100:200].max()
+    assert pickle.loads(pickle.dumps(part)).take(slice(0, 9)).tokens.tolist() == every.tokens[100:109].tolist()
+
+
+def test_an_index_cut_while_in_use_is_named(tmp_path):
+    columns = IndexColumns(write_index(tmp_path / "index.npy", 5000))
+    with (tmp_path / "index.npy").open("r+b") as file:
+        file.truncate(4000 * INDEX_DTYPE.itemsize)
+    columns.slices([slice(0, 3000)])
+    for read in (lambda: columns.slices([slice(3900, 4100)]), lambda: list(columns.longest_pieces())):
+        with pytest.raises(PlanError, match=r"index\.npy: ends within rows .*check_shards"):
+            read()
+
+
 @pytest.mark.parametrize("mapped", [True, False])
 def test_the_longest_is_found_in_pieces(tmp_path, monkeypatch, mapped):
     monkeypatch.setattr("ilvr_ds.data.lengths._PIECE", 7)
