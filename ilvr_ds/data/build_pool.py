@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ CRASHES_ALLOWED = 2  # at one record, after which it is rejected
 KILLS_ALLOWED = 3  # at one record, or in a row without any result: after that the build ends
 FORK_SERVER_GONE = 255  # what multiprocessing reports when the server was killed and can say nothing of the worker
 TICK_S = 0.2  # how often the caller hears of progress
+FORK_SERVER_S = 20.0  # how long a new fork server is tried for
 
 
 @dataclass(frozen=True)
@@ -113,20 +115,25 @@ class WorkerPool:
             self._on_tick(self)
 
     def _start(self) -> _Worker:
-        for _ in range(KILLS_ALLOWED):
+        give_up = time.monotonic() + FORK_SERVER_S
+        while time.monotonic() < give_up:
             ours, theirs = self._context.Pipe()
             numbers = self._context.RawArray("q", 3)
             process = self._context.Process(target=_serve, args=(self._work, theirs, numbers), daemon=True)
             try:
                 process.start()
-            except (EOFError, ConnectionError):  # the fork server was killed at this moment; the next start makes one
+            except (EOFError, ConnectionError):  # the fork server was killed at this moment
                 ours.close()
+                time.sleep(TICK_S)  # until it is gone: a start then makes a new one; killed is not yet gone
             else:
                 self._workers.append(_Worker(process, ours, numbers))
                 return self._workers[-1]
             finally:
                 theirs.close()
-        raise ShardError("the fork server of the build workers is killed again and again: is the memory short?")
+        raise ShardError(
+            f"the fork server of the build workers was killed, and no other could be started in {FORK_SERVER_S:.0f} s; "
+            f"is the memory short? Run the same command again: what is finished is kept"
+        )
 
     @staticmethod
     def _hand_out(worker: _Worker, task: Task) -> None:

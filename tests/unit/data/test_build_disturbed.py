@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import psutil
 import pytest
 
 from data_tools.build_shards import main
+from ilvr_ds.data import build_pool
 from ilvr_ds.data.build import BuildSettings, build
 from ilvr_ds.data.build_pool import WorkerPool
 from ilvr_ds.data.build_settings import prepare_folder
@@ -143,6 +146,41 @@ def test_no_worker_is_left_behind(trial):
     assert {p.pid for child in psutil.Process().children() for p in child.children()} <= before
 
 
+class DyingServer:
+    """A context of multiprocessing whose fork server has been killed but is not gone yet: the first starts fail."""
+
+    def __init__(self, context, failures: int):
+        self.context, self.failures = context, failures
+
+    def Process(self, **options):
+        process = self.context.Process(**options)
+        if self.failures > 0:
+            self.failures -= 1
+            process.start = self._refuse
+        return process
+
+    @staticmethod
+    def _refuse():
+        raise ConnectionRefusedError
+
+    def __getattr__(self, name):
+        return getattr(self.context, name)
+
+
+@pytest.mark.parametrize("failures", [4, 10**9])
+def test_a_fork_server_that_takes_its_time_to_die(trial, monkeypatch, failures):
+    monkeypatch.setattr(build_pool, "TICK_S", 0.01)
+    monkeypatch.setattr(build_pool, "FORK_SERVER_S", 20.0 if failures == 4 else 0.1)
+    case = trial()
+    with WorkerPool(case.work, 2, lambda pool: None) as pool:
+        pool._context = DyingServer(pool._context, failures)
+        if failures == 4:
+            assert len(list(pool.run([Task(0, 3, 0), Task(3, 6, 1)]))) == 2
+        else:
+            with pytest.raises(ShardError, match="fork server"):
+                list(pool.run([Task(0, 3, 0)]))
+
+
 @pytest.fixture
 def command(tokenizer_folder):
     """The arguments of a build_shards command."""
@@ -203,3 +241,51 @@ def test_a_finished_shard_is_never_left_without_its_bytes(tokenizer, write_recor
     assert names == ["index.npy", "manifest.json", "progress", "progress/build.json", "progress/shard-000000.json",
                      "progress/shard-000001.json", "progress/survey.npz", "rejects.jsonl", "shard-000000.tar",
                      "shard-000001.tar"]  # fmt: skip
+
+
+def test_workers_end_with_their_parent(command, write_records, good_record, tmp_path):
+    """A killed build leaves no process that goes on writing into a folder another build may have taken up."""
+    source = write_records([good_record(f"r{i}") for i in range(3000)])
+    arguments = [sys.executable, "data_tools/build_shards.py", *command(source, tmp_path / "out", 2)]
+    build_process = subprocess.Popen(
+        arguments, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("*.tar")) and time.monotonic() < until:
+        time.sleep(0.02)
+    below = psutil.Process(build_process.pid).children(recursive=True)
+    build_process.kill()
+    build_process.wait()
+    assert len(below) >= 3  # the fork server, two workers
+    _, alive = psutil.wait_procs(below, timeout=20)
+    for process in alive:
+        process.kill()
+    assert alive == []
+    done = len(list((tmp_path / "out").glob("*.tar")))
+    assert 1 <= done < 750  # it was at work
+
+
+def test_a_build_that_stops_leaves_nothing_half_written(command, write_records, good_record, tmp_path, capsys):
+    """Workers are in the middle of shards when the rejects become too many."""
+    bad = [good_record(f"m{i}", image_input="none.png") for i in range(3)]
+    source = write_records([*bad, *[good_record(f"r{i}") for i in range(600)]])
+    options = [*command(source, tmp_path / "out", 2), "--max-reject-fraction", "0.001", "--samples-per-shard", "300"]
+    assert main(options) == 1
+    assert re.search(r"[123] of 603 records are rejected", capsys.readouterr().err)
+    names = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [name for name in names if name.endswith((".tmp", ".tar"))], names
+
+
+def test_temporary_files_of_a_killed_build_are_removed(command, write_records, good_record, tmp_path):
+    """Those of a build's own shards, whoever left them; another job's are its own affair until the merge."""
+    source = write_records([good_record(f"r{i}") for i in range(16)])
+    out = tmp_path / "out"
+    assert main([*command(source, out, 0), "--job-index", "0", "--job-count", "2"]) == 0
+    left = [out / f"shard-00000{n}.tar.0123456789ab.tmp" for n in range(3)]
+    left += [out / "progress" / "shard-000002.json.0123456789ab.tmp", out / "progress" / "input-0.jsonl.ab.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    assert main([*command(source, out, 0), "--job-index", "0", "--job-count", "2"]) == 0
+    assert [path.exists() for path in left] == [False, True, False, False, True]
+    assert main(command(source, out, 0)) == 0
+    assert not list(out.rglob("*.tmp"))
