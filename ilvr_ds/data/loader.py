@@ -31,6 +31,7 @@ from ilvr_ds.data.bad_samples import BadSample
 from ilvr_ds.data.blended_shards import BlendedShards
 from ilvr_ds.data.bundle import Bundle, Failure
 from ilvr_ds.data.cost import CostModel
+from ilvr_ds.data.kept_memory import keep_freed_memory
 from ilvr_ds.data.packing import check_sample, filler_batch, pack
 from ilvr_ds.data.plan import Planner, StepPlan
 from ilvr_ds.data.shards import ShardSet
@@ -216,6 +217,7 @@ def _blocked(*signals: signal.Signals) -> Iterator[None]:
 
 
 def _start_worker(parent: int, _worker: int) -> None:
+    keep_freed_memory()
     torch.set_num_threads(1)  # decoding is one sample at a time; more threads only fight over the cores
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -16,8 +16,9 @@ from shard_servers import ShardServer, nginx, serving
 from data_tools.build_shards import main as build
 from data_tools.make_frozenlake import main as make_puzzles
 from ilvr_ds.config import DataConfig
+from ilvr_ds.data.byte_ranges import Run
 from ilvr_ds.data.loader import StepLoader
-from ilvr_ds.data.remote_files import RetryPolicy
+from ilvr_ds.data.remote_files import RemoteFiles, RetryPolicy
 from ilvr_ds.data.remote_folder import RemoteSettings
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
@@ -118,11 +119,24 @@ def test_wrong_bytes_are_fetched_again_and_never_cached(folder, tokenizer, local
         server.spoil_next = 1000
         with pytest.raises(ShardError, match=r"shard-000000.tar: sample 5 .*key 000000005.*crc32"):
             shards.load_sample(5, tokenizer)
+        assert len(list((tmp_path / "cache" / "samples").rglob("*.entry"))) == 1  # sample 3
         server.spoil_next = 0
         shards.load_sample(5, tokenizer)
         for path in (tmp_path / "cache" / "samples").rglob("*.entry"):
             path.write_bytes(bytes(path.stat().st_size))  # the cache's disk is bad
         assert same(batches(shards, tokenizer), local)
+        before = server.requests
+        assert same(batches(shards, tokenizer), local)
+        assert server.requests == before  # good bytes have replaced the bad ones
+
+
+def test_storage_that_gives_less_than_asked_for(folder, tmp_path):
+    """HTTP tells how much will come; other storages need not."""
+    files = RemoteFiles(folder.as_uri(), QUICK)
+    size = (folder / "manifest.json").stat().st_size
+    assert files.fetch([Run("manifest.json", 0, size, ())]) == [(folder / "manifest.json").read_bytes()]
+    with pytest.raises(ReadError, match=rf"manifest.json, bytes 10 to {size + 5}: 6 attempts failed.*only {size - 10}"):
+        files.fetch([Run("manifest.json", 10, size - 5, ())])
 
 
 def test_the_final_error_names_url_range_and_attempts(folder, tokenizer, tmp_path):
