@@ -55,6 +55,14 @@ def test_bins_of_many_samples_take_turns():
     assert loads.max() <= 1.05 * loads.mean()
 
 
+def test_a_bin_can_take_more_samples_than_it_gives():
+    """Odd costs of 102 in all: bins of 51 hold an odd number of samples, and six each is what they begin with."""
+    costs = np.array([19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 1, 1]) * 10**6
+    before, after = leveled(np.ones(12, np.int64), costs, costs, 2, 100)
+    assert (before < 12).sum(axis=1).tolist() == [6, 6]
+    assert np.append(costs, 0)[after].sum(axis=1).tolist() == [51 * 10**6] * 2
+
+
 def test_the_budget_comes_before_level_costs():
     """Perfect costs (11, 11) need 12 tokens in a bin of 10, however large the costs are."""
     tokens, costs = np.array([6, 6, 4, 4]), np.array([10, 1, 8, 3]) * 2**50
