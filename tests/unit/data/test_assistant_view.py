@@ -96,7 +96,7 @@ def test_shards_of_each_view(write_records, good_record, tokenizer_folder, token
 
     def run(view: str, out: str) -> int:
         arguments = ["--input", source, "--tokenizer", tokenizer_folder, "--out", tmp_path / out, "--assistant", view]
-        return main([str(a) for a in arguments])
+        return main([str(a) for a in (*arguments, "--workers", 0)])
 
     texts = {}
     for view in ("interleaved", "text", "answer"):

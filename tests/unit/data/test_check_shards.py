@@ -20,7 +20,7 @@ from ilvr_ds.data.index import write_index
 def folder(write_records, good_record, tokenizer_folder, tmp_path):
     source = write_records([good_record(f"r{i}") for i in range(5)] + [b"{"])
     options = ["--input", source, "--tokenizer", tokenizer_folder, "--out", tmp_path / "out", "--samples-per-shard", 2]
-    assert build_main([str(option) for option in options]) == 0
+    assert build_main([str(option) for option in (*options, "--workers", 0)]) == 0
     return tmp_path / "out"
 
 
@@ -96,10 +96,10 @@ def png(width, height):
 def test_clean(folder, tokenizer_folder, capsys):
     assert main([str(folder), "--workers", "1"]) == 0
     assert "clean. 5 samples, 10 images, 3 shards, tokens not counted" in capsys.readouterr().out
-    assert main([str(folder), "--tokenizer", str(tokenizer_folder)]) == 0
+    assert main([str(folder), "--tokenizer", str(tokenizer_folder), "--workers", "1"]) == 0
     assert "tokens counted again" in capsys.readouterr().out
     change_member(folder, "000000002.in0.png", lambda data: data)  # the forger's tool itself tells no lie
-    assert main([str(folder), "--tokenizer", str(tokenizer_folder)]) == 0
+    assert main([str(folder), "--tokenizer", str(tokenizer_folder), "--workers", "1"]) == 0
 
 
 def test_one_flipped_bit_anywhere(folder, lie):
@@ -316,7 +316,7 @@ def test_a_shard_that_is_not_there_does_not_hide_the_others(folder, there):
     (folder / "shard-000000.tar").unlink()
     path = folder / "shard-000002.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    code, _, problems = there()
+    code, _, problems = there("--workers", "1")
     assert code == 1
     assert f"{folder}/shard-000000.tar" in problems and "shard-000002.tar: field 'sha256'" in problems
 

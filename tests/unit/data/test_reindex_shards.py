@@ -21,7 +21,7 @@ def build(write_records, good_record, tokenizer_folder, tmp_path):
 
     def call(name, tokenizer=tokenizer_folder, latents=8):
         options = ["--input", source, "--tokenizer", tokenizer, "--out", tmp_path / name, "--samples-per-shard", 3]
-        assert build_main([str(option) for option in (*options, "--latent-size", latents)]) == 0
+        assert build_main([str(option) for option in (*options, "--latent-size", latents, "--workers", 0)]) == 0
         return tmp_path / name
 
     return call

@@ -37,7 +37,7 @@ def folder(write_records, good_record, tokenizer_folder, tmp_path):
     plan = [{"type": "text", "content": "The final answer is: A"}]
     records += [good_record("plain", sequence_plan=plan), b"{"]
     options = ["--input", write_records(records), "--tokenizer", tokenizer_folder, "--out", tmp_path / "out"]
-    assert build_main([str(option) for option in options]) == 0
+    assert build_main([str(option) for option in (*options, "--workers", 0)]) == 0
     return tmp_path / "out"
 
 
