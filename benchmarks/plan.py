@@ -11,7 +11,7 @@ helper image per span (helpers cost vision patches, not sequence tokens). Shards
 16 samples per rank and step, 8,192 tokens per micro-batch, shuffle window 65,536, cost of Qwen2.5-VL-7B.
 
 One JSON line per (samples, world); times are processor time of one process, as other programs may share the machine:
-    load_average          of the machine, last minute: above its number of cores, times are too long nevertheless
+    load_average      of the machine, last minute: above its number of cores, times are too long nevertheless
     first_step_s      verify the index's hash, find the longest sample, plan the first step for one rank
     peak_rss_mib      of that process, from start to end of its steps
     ms_per_step       one rank's plan of a step, amortised over consecutive steps, windows included
