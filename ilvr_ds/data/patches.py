@@ -37,7 +37,7 @@ def decode_patches(images: dict[str, bytes], members: Sequence[str], grids: dict
             out[:] = done[member]
             continue
         try:
-            image = read_image(images[member])
+            image = read_image(images[member], own=True)
         except ImageError as error:
             raise BatchError(f"{member}: {error}") from error
         if image.size != (PATCH * columns, PATCH * rows):

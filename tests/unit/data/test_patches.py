@@ -49,7 +49,9 @@ def test_members_in_order_each_decoded_once(monkeypatch):
     images = {name: encoded(image) for name, image in pictures.items()}
     calls = []
     read_image = module.read_image
-    monkeypatch.setattr(module, "read_image", lambda content: calls.append(content) or read_image(content))
+    monkeypatch.setattr(
+        module, "read_image", lambda content, own: calls.append(content) or read_image(content, own=own)
+    )
     members = ["in1.png", "in0.png", "in1.png", "help1.png", "in1.png"]  # a helper image may be the input image
     expected = np.concatenate([image_to_patches(np.asarray(pictures[name]))[0] for name in members])
     found = decode_patches(images, members, grids)
