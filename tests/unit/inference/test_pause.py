@@ -56,16 +56,23 @@ def test_pause_is_not_the_same_as_latents(decoding):
     assert [a.tokens for a in fed] != [a.tokens for a in empty]
 
 
-@pytest.mark.parametrize(("source", "pause"), [("pause", True), ("self", False), ("teacher", False), (None, False)])
-def test_a_model_folder_says_how_it_was_trained(tmp_path, source, pause):
-    build_tiny_model(tmp_path / "m", seed=0)
-    file = tmp_path / "m" / "config.json"
-    tree = json.loads(file.read_text())
-    known = load_model(tmp_path / "m", latent_size=4).tokenizer.vocabulary
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A model folder, made once, its config.json and its latent ids."""
+    folder = tmp_path_factory.mktemp("pause") / "m"
+    build_tiny_model(folder, seed=0)
+    known = load_model(folder, latent_size=4).tokenizer.vocabulary
     ids = dict(zip(LATENT_TOKENS, (known.latent_pad, known.latent_start, known.latent_end), strict=True))
+    return folder, json.loads((folder / "config.json").read_text()), ids
+
+
+@pytest.mark.parametrize(("source", "pause"), [("pause", True), ("self", False), ("teacher", False), (None, False)])
+def test_a_model_folder_says_how_it_was_trained(tiny_folder, source, pause):
+    folder, tree, ids = tiny_folder
     training = {} if source is None else {"latent": {"source": source}}
-    file.write_text(json.dumps({**tree, "ilvr": {"latent_size": 4, "token_ids": ids, "training": training}}))
-    model = load_model(tmp_path / "m")
+    settings = {"latent_size": 4, "token_ids": ids, "training": training}
+    (folder / "config.json").write_text(json.dumps({**tree, "ilvr": settings}))
+    model = load_model(folder)
     assert (model.pause, model.latent_size) == (pause, 4)
 
 
