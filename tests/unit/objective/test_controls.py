@@ -256,7 +256,7 @@ def test_recipes_of_the_controls_differ_in_what_defines_them_alone(repository):
             "run": {**recipe["run"], "dir": "", "epochs": 5},
             "data": {**recipe["data"], "shards": ""},
             "model": {**recipe["model"], "path": ""},
-            "optimizer": {**recipe["optimizer"], "lr": base["optimizer"]["lr"] if stage2 else recipe["optimizer"]["lr"]},
+            "optimizer": {**recipe["optimizer"], **({"lr": base["optimizer"]["lr"]} if stage2 else {})},
             "engine": recipe["engine"],
         }
         assert same == {
