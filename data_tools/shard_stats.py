@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.arguments import add_shard_folder, positive
 from data_tools.stats_plot import plot_stats
 from ilvr_ds.data.index import write_text
 from ilvr_ds.data.order import WINDOW, PlanSource
@@ -162,28 +163,17 @@ def _plan_text(plans: list[dict[str, Any]], samples_per_step: int) -> str:
     return "\n".join(lines)
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: 1 or more")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.shard_stats", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", metavar="DIR", help="folder written by build_shards, or its URL")
-    add(
-        "--cache-dir",
-        metavar="DIR",
-        help="for a URL: local folder to keep what was fetched (a recipe's data.cache_dir)",
-    )
-    add("--token-budget", type=_positive, nargs="+", metavar="N", help="data.token_budget: tokens of a micro-batch")
-    add("--samples-per-step", type=_positive, metavar="N", help="data.samples_per_step: over all ranks")
-    add("--world", type=_positive, nargs="+", default=[1, 8], metavar="N", help="numbers of ranks (default: 1 8)")
-    add("--steps", type=_positive, default=100, metavar="N", help="steps to plan (default: 100)")
+    add_shard_folder(parser)
+    add("--token-budget", type=positive, nargs="+", metavar="N", help="data.token_budget: tokens of a micro-batch")
+    add("--samples-per-step", type=positive, metavar="N", help="data.samples_per_step: over all ranks")
+    add("--world", type=positive, nargs="+", default=[1, 8], metavar="N", help="numbers of ranks (default: 1 8)")
+    add("--steps", type=positive, default=100, metavar="N", help="steps to plan (default: 100)")
     add("--seed", type=int, default=0, help="run.seed (default: 0)")
     window = f"data.shuffle_window (default: {WINDOW})"
-    add("--shuffle-window", type=_positive, default=WINDOW, metavar="N", help=window)
+    add("--shuffle-window", type=positive, default=WINDOW, metavar="N", help=window)
     add("--no-helpers", action="store_true", help="helper images cost nothing: a stage that does not look at them")
     add("--json", type=Path, metavar="FILE.json", help="write everything here")
     add("--png", type=Path, metavar="FILE.png", help="draw histograms here")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.arguments import add_shard_folder, positive
 from ilvr_ds.data.preview import Preview, find_ids, read_preview
 from ilvr_ds.data.preview_html import page_title, write_page
 from ilvr_ds.data.preview_sheet import contact_sheet
@@ -93,12 +94,6 @@ def _previews(shards: ShardSet, numbers: list[int], tokenizer: ChatTokenizer) ->
         yield read_preview(shards, number, tokenizer)
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: 1 or more")
-    return value
-
-
 def _seed(text: str) -> int:
     if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text}: 0 or more")
@@ -108,21 +103,16 @@ def _seed(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.show_shards", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", metavar="DIR", help="folder written by build_shards, or its URL")
-    add(
-        "--cache-dir",
-        metavar="DIR",
-        help="for a URL: local folder to keep what was fetched (a recipe's data.cache_dir)",
-    )
+    add_shard_folder(parser)
     add("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with the model's tokenizer.json")
     add("--html", type=Path, metavar="FILE.html", help="write a page here")
     add("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet here")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--first", type=_positive, metavar="N", help="the first N samples")
+    which.add_argument("--first", type=positive, metavar="N", help="the first N samples")
     which.add_argument("--sample", type=_seed, metavar="SEED", help="--count samples drawn with this seed")
     which.add_argument("--ids", nargs="+", metavar="ID", help="the samples with these ids (reads until all are found)")
-    add("--count", type=_positive, default=12, metavar="N", help="samples to draw (default: 12)")
-    add("--image-side", type=_positive, default=640, metavar="PIXELS", help="longest side on the page (default: 640)")
+    add("--count", type=positive, default=12, metavar="N", help="samples to draw (default: 12)")
+    add("--image-side", type=positive, default=640, metavar="PIXELS", help="longest side on the page (default: 640)")
     return parser
 
 

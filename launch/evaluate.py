@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ilvr_ds.inference.options import add_decoding_options, require_positive
+from ilvr_ds.inference.options import add_decoding_options, load_asked, require_positive
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,18 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     from ilvr_ds.inference.answer import answer_with, fingerprint
     from ilvr_ds.inference.asking import Asking, read_prompt_file
     from ilvr_ds.inference.evaluate import RESULTS, Evaluation, check_task, evaluate, rank_and_world
-    from ilvr_ds.inference.load import load_model
     from ilvr_ds.inference.results import format_table
-    from ilvr_ds.inference.sampling import Sampling
-    from ilvr_ds.inference.sequence import DecodeSettings
     from ilvr_ds.inference.tasks.task import Rules
 
     try:
         rank, world = rank_and_world()
         on_cuda = torch.cuda.is_available()
         device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_cuda else "cpu")
-        dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-        sampling = Sampling(args.temperature, args.top_p)
         job = Evaluation(
             task=args.task,
             file=args.file,
@@ -84,18 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             allow_missing_images=args.allow_missing_images,
         )
         check_task(job)  # before a large model is read
-        model = load_model(
-            args.checkpoint, dtype=getattr(torch, dtype), attention=args.attention, device=device,
-            latent_size=args.latent_size, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
-        )  # fmt: skip
-        settings = DecodeSettings(
-            model.latent_size,
-            args.max_new_tokens,
-            args.max_spans,
-            args.early_end,
-            sampling=sampling,
-            pause=model.pause,
-        )
+        model, settings, dtype = load_asked(args, args.checkpoint, device)
         generation = {
             "checkpoint_sha256": fingerprint(args.checkpoint), "dtype": dtype, "seed": args.seed,
             "images": asdict(model.images), **asdict(settings),

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from ilvr_ds.inference.options import add_decoding_options, require_positive
+from ilvr_ds.inference.options import add_decoding_options, load_asked, require_positive
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,31 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     from tqdm import tqdm
 
     from ilvr_ds.errors import IlvrError
-    from ilvr_ds.inference.load import load_model
     from ilvr_ds.inference.requests import encode_requests, read_requests, typed_request
-    from ilvr_ds.inference.sampling import Sampling
-    from ilvr_ds.inference.sequence import DecodeSettings
 
     try:
         if args.input is None:
             requests = [typed_request(args.prompt, args.image)]
         else:
             requests = read_requests(args.input, args.image_root)[: args.limit]
-        sampling = Sampling(args.temperature, args.top_p)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-        model = load_model(
-            args.model, dtype=getattr(torch, dtype), attention=args.attention, device=device,
-            latent_size=args.latent_size, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
-        )  # fmt: skip
-        settings = DecodeSettings(
-            model.latent_size,
-            args.max_new_tokens,
-            args.max_spans,
-            args.early_end,
-            sampling=sampling,
-            pause=model.pause,
-        )
+        model, settings, _ = load_asked(args, args.model, device)
         prompts = encode_requests(requests, model.tokenizer, model.images, args.seed)
         answers = [None] * len(requests)
         stream = model.decoder.stream(prompts, settings, args.batch_size)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ilvr_ds.inference.load import LoadedModel
+    from ilvr_ds.inference.sequence import DecodeSettings
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
@@ -28,3 +34,26 @@ def require_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, 
         value = vars(args)[name]
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+def load_asked(args: argparse.Namespace, folder: Path, device: str) -> tuple[LoadedModel, DecodeSettings, str]:
+    """The model and the settings that these options ask for, and the name of the type it computes in.
+
+    Raises what `load_model` raises, and ConfigError for impossible settings.
+    """
+    import torch  # not before the arguments are known to be right
+
+    from ilvr_ds.inference.load import load_model
+    from ilvr_ds.inference.sampling import Sampling
+    from ilvr_ds.inference.sequence import DecodeSettings
+
+    sampling = Sampling(args.temperature, args.top_p)  # wrong numbers are said before a large model is read
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    model = load_model(
+        folder, dtype=getattr(torch, dtype), attention=args.attention, device=device,
+        latent_size=args.latent_size, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+    )  # fmt: skip
+    settings = DecodeSettings(
+        model.latent_size, args.max_new_tokens, args.max_spans, args.early_end, sampling=sampling, pause=model.pause
+    )
+    return model, settings, dtype
