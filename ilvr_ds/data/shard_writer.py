@@ -16,8 +16,8 @@ class ShardWriter:
     """`with ShardWriter(file) as shard: offset, size, crc32 = shard.write("000000007", {"json": ..., "in0.png": ...})`
 
     The tar is that of webdataset's `TarWriter` with a fixed time, owner and mode, byte for byte: it depends on the
-    samples alone. Not `TarWriter` itself: it hands on blocks of 10 kB, in which one sample's bytes, and so its checksum,
-    cannot be told from the next one's.
+    samples alone. Not `TarWriter` itself: it hands on blocks of 10 kB, in which the bytes of one sample, and so
+    its checksum, cannot be told from those of the next.
     """
 
     def __init__(self, file: BinaryIO):
