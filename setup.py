@@ -15,6 +15,7 @@ setup(
         "transformers>=5.17",
         "webdataset>=1.0.2",
         "pillow>=11",
+        "imagecodecs>=2025.3",  # decoding of stored images, into memory it is given
         "pyyaml>=6",
         "numpy>=1.26",
         "tokenizers>=0.22",

@@ -48,8 +48,8 @@ def without_cache(decoder: Decoder, prompt: EncodedPrompt, settings: DecodeSetti
     places = (ids == vocabulary.image_pad).nonzero()[:, 0]
     inputs = backbone.embed(ids)  # (T, D), one row more each step
     if len(places):
-        patches = torch.from_numpy(prompt.patches).to(backbone.device)
-        inputs = place_image_features(inputs, places, backbone.encode_images(patches, prompt.grids))
+        pixels = torch.from_numpy(prompt.pixels).to(backbone.device)
+        inputs = place_image_features(inputs, places, backbone.encode_images(pixels, prompt.grids))
     positions = torch.from_numpy(prompt.position_ids).to(backbone.device)  # (3, T)
     while True:
         length = inputs.shape[0]

@@ -60,9 +60,10 @@ from ilvr_ds.contracts import ImageRef
 from ilvr_ds.data.build import BuildSettings, build
 from ilvr_ds.data.formats.source import open_source
 from ilvr_ds.data.image_files import read_image_file
-from ilvr_ds.data.images import ImageSettings, image_to_patches, merged_tokens, read_image, resize_image
+from ilvr_ds.data.images import ImageSettings, merged_tokens, read_image, resize_image
 from ilvr_ds.data.kept_memory import keep_freed_memory
 from ilvr_ds.data.loader import StepLoader
+from ilvr_ds.data.pixels import image_pixels
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import RecordError
@@ -243,7 +244,7 @@ class Loaded:
                 for part in parts:
                     if isinstance(part, ImageRef):
                         image = read_image(read_image_file(part, self.job.records.parent))
-                        _, grid = image_to_patches(np.asarray(resize_image(image, *bounds)))
+                        _, grid = image_pixels(resize_image(image, *bounds))
                         if role == "input":
                             counts.append(merged_tokens(grid))
             self.tokenizer.encode_sample(record.prompt, record.steps, counts, self.shards.manifest.latent_size)

@@ -59,7 +59,7 @@ class RecomputingObjective(nn.Module):
     def forward(self, batch: PackedBatch, noise_seed: int) -> LossTerms:
         """Loss of one packed batch."""
         batch = to_device(batch, self.student.device)
-        features = self.student.encode_images(batch.patches, batch.grids)[: batch.image_positions.shape[0]]
+        features = self.student.encode_images(batch.pixels, batch.grids)[: batch.image_positions.shape[0]]
         hidden = forward_recomputing(self.student, batch, features).hidden
         ce, per_token = self.student.head(hidden[batch.supervised_positions], batch.targets, batch.ce_weights)
         zero = torch.zeros((), device=hidden.device)

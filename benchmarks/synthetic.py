@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ilvr_ds.contracts import IGNORE_INDEX, Sample
-from ilvr_ds.data.packing import UINT8_PATCH
+from ilvr_ds.data.pixels import PIXEL_ROW
 from ilvr_ds.data.plan import Lengths
 from ilvr_ds.data.tokens import Vocabulary
 
@@ -132,7 +132,7 @@ def lengths_of(samples: Sequence[Sample]) -> Lengths:
     """The columns a `Planner` reads."""
     return Lengths(
         tokens=np.array([len(s.input_ids) for s in samples]),
-        patches=np.array([len(s.patches) for s in samples]),
+        patches=np.array([len(s.input_pixels) + len(s.helper_pixels) for s in samples]),
         supervised=np.array([int((s.labels[1:] != IGNORE_INDEX).sum()) for s in samples]),
         spans=np.array([len(s.grids) - s.num_input_images for s in samples]),
     )
@@ -162,8 +162,13 @@ def _sample(rng: np.random.Generator, number: int, shape: Shape, latent_size: in
         labels=np.where(supervised, input_ids, IGNORE_INDEX),
         grids=grids,
         num_input_images=1,
-        patches=rng.integers(0, 256, (sum(h * w for _, h, w in grids), UINT8_PATCH), dtype=np.uint8),
+        input_pixels=_pixels(rng, grids[:1]),
+        helper_pixels=_pixels(rng, grids[1:]),
     )
+
+
+def _pixels(rng: np.random.Generator, grids: tuple[tuple[int, int, int], ...]) -> np.ndarray:
+    return rng.integers(0, 256, (sum(h * w for _, h, w in grids), PIXEL_ROW), dtype=np.uint8)
 
 
 def _grid(rng: np.random.Generator, low: int, high: int) -> tuple[int, int, int]:

@@ -55,7 +55,7 @@ class Record:
 # ---------------------------------------------------------------------------------------- samples
 @dataclass(frozen=True)
 class Sample:
-    """One example, tokenised, its images decoded and cut into patches. Held in CPU memory as numpy.
+    """One example, tokenised, its images decoded. Held in CPU memory as numpy.
 
     Sequence: system turn, user turn, `<|im_start|>assistant\\n`, text and spans, `<|im_end|>\\n`.
     An input image is `<|vision_start|>` + merged-token-count x `<|image_pad|>` + `<|vision_end|>`;
@@ -68,9 +68,11 @@ class Sample:
     labels: np.ndarray  # (L,) int64, = input_ids where supervised, IGNORE_INDEX elsewhere (not shifted)
     grids: tuple[tuple[int, int, int], ...]  # (t, h, w) in patches; input images first, then helper images
     num_input_images: int
-    patches: np.ndarray  # (P, 588) uint8 [channel, row, column of a 14x14 patch], in merge-block order,
-    #                      or (P, 1176) float32 already normalised and doubled in time
-    helpers_decoded: bool = True  # False: grids and patches are of the input images only
+    # (P, 588) uint8: an image of grid (1, h, w) is h * w consecutive rows that hold its pixels, (14 h, 14 w, 3) RGB;
+    # or (P, 1176) float32: its patches, cut, normalised and doubled in time already
+    input_pixels: np.ndarray
+    helper_pixels: np.ndarray
+    helpers_decoded: bool = True  # False: grids are of the input images only, helper_pixels has no row
 
 
 # ------------------------------------------------------------------------------------ packed batch
@@ -92,7 +94,7 @@ class PackedBatch:
     max_seqlen: int
     sample_of_token: Tensor  # (T,) int64 in [0, B)
     # images: input images of all samples in order, then helper images of all samples in order
-    patches: Tensor  # (P, 588) uint8 or (P, 1176) float32, as in Sample
+    pixels: Tensor  # (P, 588) uint8 or (P, 1176) float32, as in Sample
     grids: tuple[tuple[int, int, int], ...]  # n_input + S grids (t, h, w), in patches; n_input where helper images
     #                                          were not decoded (nobody looks at them when latents are the student's)
     num_input_images: int

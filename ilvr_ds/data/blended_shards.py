@@ -16,6 +16,7 @@ import numpy as np
 from ilvr_ds.config import DataConfig
 from ilvr_ds.contracts import Sample
 from ilvr_ds.data.order import PlanSource
+from ilvr_ds.data.pixels import SampleRows
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.data.tokens import ChatTokenizer
 
@@ -67,11 +68,17 @@ class BlendedShards:
         return [found[number] for number in numbers]
 
     def load_sample(
-        self, number: int, tokenizer: ChatTokenizer, *, blob: bytes | None = None, decode_helpers: bool = True
+        self,
+        number: int,
+        tokenizer: ChatTokenizer,
+        *,
+        blob: bytes | None = None,
+        decode_helpers: bool = True,
+        into: SampleRows | None = None,
     ) -> Sample:
         """As `ShardSet.load_sample`; the sample carries the number it has here."""
         shards, row = self._find(number)
-        sample = shards.load_sample(row, tokenizer, blob=blob, decode_helpers=decode_helpers)
+        sample = shards.load_sample(row, tokenizer, blob=blob, decode_helpers=decode_helpers, into=into)
         return dataclasses.replace(sample, number=number)
 
     def _find(self, number: int) -> tuple[ShardSet, int]:

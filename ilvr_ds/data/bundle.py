@@ -1,4 +1,4 @@
-"""What a decoding worker sends: one step's batches in one buffer, or the error it met."""
+"""What a decoding worker sends: one step's batches in two buffers, or the error it met."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ilvr_ds.contracts import PackedBatch
 from ilvr_ds.data.bad_samples import BadSample
 from ilvr_ds.data.plan import StepPlan
+from ilvr_ds.data.step_memory import received
 from ilvr_ds.errors import IlvrError
 
 _ALIGN = 16  # bytes
@@ -37,56 +37,76 @@ class Failure:
 
 @dataclass(frozen=True)
 class Bundle:
-    """One step's batches with all their tensors in one buffer.
+    """One step's batches with all their tensors in two buffers.
 
     A tensor that leaves a worker costs a shared-memory file and an open file descriptor; a step has a hundred.
     """
 
     plan: StepPlan
-    buffer: torch.Tensor  # (bytes,) uint8
-    layout: list[dict[str, Any]]  # per batch: field -> (begin, end, dtype, shape) for tensors, else the value
+    pixels: torch.Tensor  # (bytes,) uint8: where the pictures were decoded into (`step_memory`)
+    rest: torch.Tensor  # (bytes,) uint8: everything else
+    layout: list[dict[str, Any]]  # per batch: field -> _Place for tensors, else the value
     bad: tuple[BadSample, ...]  # planned samples that are in no batch
 
     @classmethod
-    def of(cls, plan: StepPlan, batches: list[PackedBatch], bad: tuple[BadSample, ...] = ()) -> Bundle:
+    def of(
+        cls, plan: StepPlan, batches: list[PackedBatch], pixels: torch.Tensor, bad: tuple[BadSample, ...] = ()
+    ) -> Bundle:
+        """Tensors that lie in `pixels` stay where they are, all others are copied together."""
         layout, tensors, size = [], [], 0
         for batch in batches:
             fields: dict[str, Any] = {}
             for f in dataclasses.fields(batch):
                 value = getattr(batch, f.name)
-                if isinstance(value, torch.Tensor):
-                    place = _Place(size, size + value.nbytes, value.dtype, tuple(value.shape))
+                if isinstance(value, torch.Tensor) and _inside(value, pixels):
+                    begin = value.data_ptr() - pixels.data_ptr()
+                    fields[f.name] = _Place(True, begin, begin + value.nbytes, value.dtype, tuple(value.shape))
+                elif isinstance(value, torch.Tensor):
+                    place = _Place(False, size, size + value.nbytes, value.dtype, tuple(value.shape))
                     tensors.append((place, value))
                     fields[f.name] = place
                     size += -(-value.nbytes // _ALIGN) * _ALIGN
                 else:
                     fields[f.name] = value
             layout.append(fields)
-        # numpy asks for large pages, which torch does not: half the time for the tens of megabytes of a step
-        buffer = torch.from_numpy(np.empty(size, np.uint8))
+        bundle = cls(plan, pixels, torch.empty(size, dtype=torch.uint8), layout, bad)
         for place, value in tensors:
-            place.view(buffer).copy_(value)
-        return cls(plan, buffer, layout, bad)
+            bundle._view(place).copy_(value)
+        return bundle
+
+    def __reduce__(self) -> tuple:  # on its way out of a worker
+        return _arrived, tuple(getattr(self, f.name) for f in dataclasses.fields(self))
 
     def pin_memory(self, device: object = None) -> Bundle:  # DataLoader calls this where pin_memory=True
-        return dataclasses.replace(self, buffer=self.buffer.pin_memory())
+        return dataclasses.replace(self, pixels=self.pixels.pin_memory(), rest=self.rest.pin_memory())
 
     def batches(self) -> list[PackedBatch]:
-        """The batches, their tensors views of the buffer."""
+        """The batches, their tensors views of the buffers."""
         return [
-            PackedBatch(**{k: v.view(self.buffer) if isinstance(v, _Place) else v for k, v in fields.items()})
+            PackedBatch(**{k: self._view(v) if isinstance(v, _Place) else v for k, v in fields.items()})
             for fields in self.layout
         ]
+
+    def _view(self, place: _Place) -> torch.Tensor:
+        buffer = self.pixels if place.in_pixels else self.rest
+        return buffer[place.begin : place.end].view(place.dtype).view(place.shape)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in the buffer."""
+    """Where a tensor lies in one of the bundle's buffers."""
 
+    in_pixels: bool  # else in the rest
     begin: int
     end: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[self.begin : self.end].view(self.dtype).view(self.shape)
+
+def _arrived(plan: StepPlan, pixels: torch.Tensor, *others: Any) -> Bundle:
+    return Bundle(plan, received(pixels), *others)
+
+
+def _inside(value: torch.Tensor, buffer: torch.Tensor) -> bool:
+    begin = buffer.data_ptr()
+    return value.nbytes > 0 and begin <= value.data_ptr() < begin + buffer.nbytes

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ilvr_ds.config import DataConfig
 from ilvr_ds.contracts import PackedBatch
@@ -33,8 +33,10 @@ from ilvr_ds.data.bundle import Bundle, Failure
 from ilvr_ds.data.cost import CostModel
 from ilvr_ds.data.kept_memory import keep_freed_memory
 from ilvr_ds.data.packing import check_sample, filler_batch, pack
+from ilvr_ds.data.pixels import BatchRows, lay_out
 from ilvr_ds.data.plan import Planner, StepPlan
 from ilvr_ds.data.shards import ShardSet
+from ilvr_ds.data.step_memory import StepMemory
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import BatchError, IlvrError, ShardError
 
@@ -107,14 +109,14 @@ class StepLoader:
         self.last_wait_s = 0.0
         self.last_bad: tuple[BadSample, ...] = ()
         keep_going = data.max_bad_samples > 0
-        steps = _Steps(self.planner, shards, tokenizer, rank, latent_size, reduction, decode_helpers, keep_going)
-        ahead = -(-data.prefetch_steps // data.workers) if data.workers else None  # torch counts per worker
+        ahead = -(-data.prefetch_steps // data.workers) if data.workers else 0  # torch counts per worker
+        steps = _Steps(self.planner, shards, tokenizer, rank, latent_size, reduction, decode_helpers, keep_going, ahead)
         self._loader = DataLoader(
             steps,
             batch_size=None,
             sampler=range(start_step, total_steps),
             num_workers=data.workers,
-            prefetch_factor=ahead,
+            prefetch_factor=ahead or None,
             multiprocessing_context=multiprocessing.get_context(START_METHOD) if data.workers else None,
             worker_init_fn=functools.partial(_start_worker, os.getpid()),
             pin_memory=pin_memory,
@@ -170,10 +172,12 @@ class _Steps(Dataset):
         reduction: Literal["sample", "token"],
         decode_helpers: bool,
         keep_going: bool,
+        ahead: int,
     ):
         self.planner, self.shards, self.tokenizer = planner, shards, tokenizer
         self.rank, self.latent_size, self.reduction = rank, latent_size, reduction
-        self.decode_helpers, self.keep_going = decode_helpers, keep_going
+        self.decode_helpers, self.keep_going, self.ahead = decode_helpers, keep_going, ahead
+        self.memory: StepMemory | None = None  # made in the process that decodes
 
     def __getitem__(self, step: int) -> Bundle | Failure:
         try:
@@ -181,19 +185,38 @@ class _Steps(Dataset):
             bins = plan.of_rank(self.rank)
             numbers = [number for own in bins for number in own]
             blobs = dict(zip(numbers, self.shards.read_bytes(numbers), strict=True))  # neighbours in one read
+            buffer, rows = lay_out(
+                [[self.shards.row(number) for number in own] for own in bins],
+                helpers=self.decode_helpers,
+                memory=self._step_memory(),
+            )
             bad: list[BadSample] = []
-            batches = [self._batch([(number, blobs[number]) for number in own], plan, bad) for own in bins]
-            return Bundle.of(plan, batches, tuple(bad))
+            batches = [
+                self._batch([(number, blobs[number]) for number in own], own_rows, plan, bad)
+                for own, own_rows in zip(bins, rows, strict=True)
+            ]
+            return Bundle.of(plan, batches, buffer, tuple(bad))
         except IlvrError as error:
             # DataLoader would rebuild the exception from its message alone, which not every class allows.
             return Failure.of(error)
 
-    def _batch(self, blobs: list[tuple[int, bytes]], plan: StepPlan, bad: list[BadSample]) -> PackedBatch:
+    def _step_memory(self) -> StepMemory:
+        """This process's own."""
+        if self.memory is None:
+            # in use at once: those decoded ahead, one in the caller's hands, one on its way to pinned memory, this one
+            self.memory = StepMemory(self.ahead + 3, shared=get_worker_info() is not None)
+        return self.memory
+
+    def _batch(
+        self, blobs: list[tuple[int, bytes]], rows: BatchRows, plan: StepPlan, bad: list[BadSample]
+    ) -> PackedBatch:
         """Pack the samples of one bin, (number, bytes), maybe one twice; with `keep_going`, bad ones go into `bad`."""
         samples = []
-        for number, blob in blobs:
+        for (number, blob), into in zip(blobs, rows.samples, strict=True):
             try:
-                sample = self.shards.load_sample(number, self.tokenizer, blob=blob, decode_helpers=self.decode_helpers)
+                sample = self.shards.load_sample(
+                    number, self.tokenizer, blob=blob, decode_helpers=self.decode_helpers, into=into
+                )
                 if self.keep_going:
                     check_sample(sample, self.tokenizer.vocabulary, self.latent_size)
                 samples.append(sample)
@@ -203,7 +226,14 @@ class _Steps(Dataset):
                 bad.append(BadSample.of(number, str(error), self.shards.row(number)))
         if not samples:
             return filler_batch(self.tokenizer.vocabulary, self.latent_size)
-        return pack(samples, self.tokenizer.vocabulary, self.latent_size, totals=plan.totals, reduction=self.reduction)
+        return pack(
+            samples,
+            self.tokenizer.vocabulary,
+            self.latent_size,
+            totals=plan.totals,
+            reduction=self.reduction,
+            pixels=rows.rows if len(samples) == len(blobs) else None,  # otherwise there are holes
+        )
 
 
 @contextlib.contextmanager

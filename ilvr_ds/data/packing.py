@@ -15,6 +15,7 @@ import torch
 
 from ilvr_ds.contracts import IGNORE_INDEX, PackedBatch, Sample
 from ilvr_ds.data.images import MERGE
+from ilvr_ds.data.pixels import PIXEL_ROW
 from ilvr_ds.data.plan import StepTotals
 from ilvr_ds.data.rotary_positions import rotary_positions
 from ilvr_ds.errors import BatchError
@@ -22,8 +23,8 @@ from ilvr_ds.errors import BatchError
 if TYPE_CHECKING:
     from ilvr_ds.data.tokens import Vocabulary
 
-UINT8_PATCH = 588  # 3 channels x 14 x 14
-FLOAT_PATCH = 1176  # normalised and doubled in time
+FLOAT_PATCH = 1176  # of a patch that is normalised and doubled in time
+_PIXEL_KINDS = (((PIXEL_ROW,), np.dtype("uint8")), ((FLOAT_PATCH,), np.dtype("float32")))  # shape of a row, type
 _REBUILD = "rebuild the shards with data_tools/build_shards.py (data_tools/check_shards.py finds all such samples)"
 
 
@@ -47,7 +48,6 @@ class _Layout:
     local: np.ndarray  # assistant text before each span
     local_span: np.ndarray  # which span of the sample, same length as local
     supervised: np.ndarray  # (N,) positions whose next token is a target
-    input_patches: int  # rows of `patches` that belong to input images
 
 
 def pack(
@@ -57,6 +57,7 @@ def pack(
     *,
     totals: StepTotals,
     reduction: Literal["sample", "token"] = "sample",
+    pixels: np.ndarray | None = None,
 ) -> PackedBatch:
     """Pack `samples`, in the order given, into one micro-batch.
 
@@ -70,6 +71,8 @@ def pack(
         samples: at least one; an empty bin is `filler_batch`.
         latent_size: K, the number of `<|latent_pad|>` in every span.
         totals: of the optimizer step, from `StepPlan.totals`.
+        pixels: (P, 588), where the samples' pixels are parts of one array in the batch's order already (`lay_out`);
+            otherwise they are copied together.
 
     Raises:
         BatchError: a sample that does not fit its own plan, named by its id.
@@ -78,13 +81,11 @@ def pack(
     if not samples:
         raise ValueError("pack() needs at least one sample; an empty bin is filler_batch()")
     layouts = [_layout(sample, vocabulary, latent_size) for sample in samples]
-    widths = {(sample.patches.shape[1], sample.patches.dtype.name) for sample in samples}
+    kinds = {(part.shape[1], part.dtype.name) for sample in samples for part in _pixels(sample)}
     if len({sample.helpers_decoded for sample in samples}) > 1:
         raise BatchError(f"samples {[s.id for s in samples]}: helper images decoded for some of them only")
-    if len(widths) > 1:
-        raise BatchError(
-            f"samples {[s.id for s in samples]}: patches of different kinds in one batch: {sorted(widths)}"
-        )
+    if len(kinds) > 1:
+        raise BatchError(f"samples {[s.id for s in samples]}: pixels of different kinds in one batch: {sorted(kinds)}")
     lengths = np.array([len(sample.input_ids) for sample in samples])
     offsets = np.concatenate([[0], np.cumsum(lengths)])  # (B + 1,)
     spans_before = np.concatenate([[0], np.cumsum([len(layout.span_starts) for layout in layouts])])
@@ -95,8 +96,11 @@ def pack(
 
     input_ids = torch.from_numpy(np.concatenate([s.input_ids for s in samples]).astype(np.int64))  # (T,)
     supervised = shifted("supervised")  # (N,)
-    inputs_first = [s.patches[: lay.input_patches] for s, lay in zip(samples, layouts, strict=True)]
-    helpers_last = [s.patches[lay.input_patches :] for s, lay in zip(samples, layouts, strict=True)]
+    in_order = [s.input_pixels for s in samples] + [s.helper_pixels for s in samples]
+    if pixels is None:
+        pixels = np.concatenate(in_order)
+    elif len(pixels) != sum(map(len, in_order)):
+        raise ValueError(f"{len(pixels)} rows of pixels for samples of {sum(map(len, in_order))}")
     ce_weights, align_weights = _weights(layouts, totals, reduction)
     batch_of_span = np.repeat(np.arange(len(samples)), np.diff(spans_before))
     return PackedBatch(
@@ -108,7 +112,7 @@ def pack(
         cu_seqlens=torch.from_numpy(offsets.astype(np.int32)),
         max_seqlen=int(lengths.max()),
         sample_of_token=torch.from_numpy(np.repeat(np.arange(len(samples)), lengths)),
-        patches=torch.from_numpy(np.concatenate(inputs_first + helpers_last)),
+        pixels=torch.from_numpy(pixels),
         grids=tuple(g for s in samples for g in s.grids[: s.num_input_images])
         + tuple(g for s in samples for g in s.grids[s.num_input_images :]),
         num_input_images=sum(s.num_input_images for s in samples),
@@ -153,7 +157,8 @@ def filler_batch(vocabulary: Vocabulary, latent_size: int) -> PackedBatch:
         labels=labels,
         grids=((1, MERGE, MERGE), (1, MERGE, MERGE)),
         num_input_images=1,
-        patches=np.full((2 * MERGE * MERGE, UINT8_PATCH), 128, dtype=np.uint8),
+        input_pixels=np.full((MERGE * MERGE, PIXEL_ROW), 128, dtype=np.uint8),
+        helper_pixels=np.full((MERGE * MERGE, PIXEL_ROW), 128, dtype=np.uint8),
     )
     batch = pack(
         [sample], vocabulary, latent_size, totals=StepTotals(samples=1, supervised=3, spans=1, tokens=len(ids))
@@ -184,78 +189,105 @@ def _weights(layouts: list[_Layout], totals: StepTotals, reduction: str) -> tupl
 def _layout(sample: Sample, v: Vocabulary, latent_size: int) -> _Layout:
     """Find and check everything about one sample; raises BatchError with its id."""
     ids, labels = sample.input_ids, sample.labels
-
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise BatchError(f"sample {sample.id!r}: {message}; {_REBUILD}")
-
-    require(ids.ndim == 1 and ids.shape == labels.shape, f"input_ids {ids.shape} and labels {labels.shape} differ")
-    require(
-        0 <= sample.num_input_images <= len(sample.grids), f"{sample.num_input_images} input images of {sample.grids}"
-    )
-    for number, (t, h, w) in enumerate(sample.grids):
-        even = t == 1 and h >= MERGE and w >= MERGE and h % MERGE == 0 and w % MERGE == 0
-        require(even, f"image {number} has the grid {(t, h, w)}; expected (1, even, even)")
-    _check_patches(sample, require)
+    if ids.ndim != 1 or ids.shape != labels.shape:
+        raise _unfit(sample, f"input_ids {ids.shape} and labels {labels.shape} differ")
+    _check_images(sample)
     input_grids = sample.grids[: sample.num_input_images]
     images = np.flatnonzero(ids == v.image_pad)
     expected = sum(h * w for _, h, w in input_grids) // MERGE**2
-    require(len(images) == expected, f"{len(images)} image tokens, its {len(input_grids)} input images need {expected}")
+    if len(images) != expected:
+        raise _unfit(sample, f"{len(images)} image tokens, its {len(input_grids)} input images need {expected}")
     try:
         rotary = rotary_positions(ids, input_grids, v.image_pad, MERGE)
     except BatchError as error:
         raise BatchError(f"sample {sample.id!r}: {error}") from None
 
     turns = np.flatnonzero((ids[:-1] == v.im_start) & (ids[1:] == v.assistant))
-    require(len(turns) > 0, "no assistant turn (no <|im_start|> followed by 'assistant')")
+    if len(turns) == 0:
+        raise _unfit(sample, "no assistant turn (no <|im_start|> followed by 'assistant')")
     turn = int(turns[0])
     starts = np.flatnonzero(ids == v.latent_start) + 1  # (S,) first pad of each span
     spans, helpers = len(starts), len(sample.grids) - sample.num_input_images
-    require(helpers == (spans if sample.helpers_decoded else 0), f"{spans} latent spans for {helpers} helper images")
-    _check_spans(ids, starts, turn, v, latent_size, require)
+    if helpers != (spans if sample.helpers_decoded else 0):
+        raise _unfit(sample, f"{spans} latent spans for {helpers} helper images")
+    _check_spans(sample, starts, turn, v, latent_size)
+    supervised = _supervised(sample, turn, v)
 
-    require(bool((labels[: turn + 2] == IGNORE_INDEX).all()), "a label in the prompt is not ignored")
-    kept = labels != IGNORE_INDEX
-    require(bool((labels[kept] == ids[kept]).all()), "labels differ from input_ids where they are supervised")
-    require(not (ids[kept] == v.latent_pad).any(), "a latent pad is supervised")
-    supervised = np.flatnonzero(kept[1:])
-    require(len(supervised) > 0, "no supervised token")
-
-    ordinary = ~np.isin(ids, special_ids(v))  # (L,)
-    begins = np.concatenate([[turn], starts[:-1] + latent_size + 1]) if spans else starts
-    local = [begin + np.flatnonzero(ordinary[begin : start - 1]) for begin, start in zip(begins, starts, strict=True)]
+    ordinary = np.ones(len(ids), dtype=bool)  # (L,)
+    for special in special_ids(v):
+        ordinary &= ids != special
+    begins = [turn, *(starts[:-1] + latent_size + 1).tolist()]
+    local = [b + np.flatnonzero(ordinary[b : start - 1]) for b, start in zip(begins, starts.tolist(), strict=False)]
     return _Layout(
         rotary=rotary,
         images=images,
         span_starts=starts,
         prompt=np.flatnonzero(ordinary[:turn]),
-        local=np.concatenate([*local, np.zeros(0, np.int64)]).astype(np.int64),
-        local_span=np.repeat(np.arange(spans), [len(part) for part in local]).astype(np.int64),
+        local=np.concatenate([*local, np.zeros(0, np.int64)]),
+        local_span=np.repeat(np.arange(spans), [len(part) for part in local]),
         supervised=supervised,
-        input_patches=sum(h * w for _, h, w in input_grids),
     )
 
 
-def _check_patches(sample: Sample, require) -> None:
-    rows = sum(t * h * w for t, h, w in sample.grids)
-    require(sample.patches.shape[:1] == (rows,), f"patches {sample.patches.shape}, its grids need {rows} rows")
-    kind = (sample.patches.shape[1:], sample.patches.dtype.name)
-    allowed = (((UINT8_PATCH,), "uint8"), ((FLOAT_PATCH,), "float32"))
-    require(
-        kind in allowed, f"patches of shape {sample.patches.shape} and type {sample.patches.dtype}; allowed: {allowed}"
-    )
+def _unfit(sample: Sample, message: str) -> BatchError:
+    return BatchError(f"sample {sample.id!r}: {message}; {_REBUILD}")
 
 
-def _check_spans(ids: np.ndarray, starts: np.ndarray, turn: int, v: Vocabulary, latent_size: int, require) -> None:
+def _pixels(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    return sample.input_pixels, sample.helper_pixels
+
+
+def _check_images(sample: Sample) -> None:
+    """Grids are those of still images, and the pixels are of these grids."""
+    inputs = sample.num_input_images
+    if not 0 <= inputs <= len(sample.grids):
+        raise _unfit(sample, f"{inputs} input images of {sample.grids}")
+    for number, (t, h, w) in enumerate(sample.grids):
+        if t != 1 or h < MERGE or w < MERGE or h % MERGE or w % MERGE:
+            raise _unfit(sample, f"image {number} has the grid {(t, h, w)}; expected (1, even, even)")
+    of_grids = (sample.grids[:inputs], sample.grids[inputs:])
+    for name, pixels, grids in zip(("input_pixels", "helper_pixels"), _pixels(sample), of_grids, strict=True):
+        rows = sum(t * h * w for t, h, w in grids)
+        if pixels.shape[:1] != (rows,):
+            raise _unfit(sample, f"{name} {pixels.shape}, its grids need {rows} rows")
+        if (pixels.shape[1:], pixels.dtype) not in _PIXEL_KINDS:
+            raise _unfit(
+                sample, f"{name} of shape {pixels.shape} and type {pixels.dtype}; allowed: {list(_PIXEL_KINDS)}"
+            )
+
+
+def _supervised(sample: Sample, turn: int, v: Vocabulary) -> np.ndarray:
+    """(N,) positions whose next token is a target, at least one."""
+    ids, labels = sample.input_ids, sample.labels
+    kept = labels != IGNORE_INDEX
+    if kept[: turn + 2].any():
+        raise _unfit(sample, "a label in the prompt is not ignored")
+    targets = ids[kept]
+    if (labels[kept] != targets).any():
+        raise _unfit(sample, "labels differ from input_ids where they are supervised")
+    if (targets == v.latent_pad).any():
+        raise _unfit(sample, "a latent pad is supervised")
+    supervised = np.flatnonzero(kept[1:])
+    if len(supervised) == 0:
+        raise _unfit(sample, "no supervised token")
+    return supervised
+
+
+def _check_spans(sample: Sample, starts: np.ndarray, turn: int, v: Vocabulary, latent_size: int) -> None:
     """Every span is start, exactly `latent_size` pads, end, inside the assistant turn, and there is no stray pad."""
+    ids = sample.input_ids
     pads = ids == v.latent_pad
     ends = np.flatnonzero(ids == v.latent_end)
     hint = f"(latent.size is {latent_size}; was it another number when the shards were built?)"
-    require(bool((starts > turn + 2).all()), "a latent span before the assistant's text")
-    require(
-        len(ends) == len(starts) and bool((ends == starts + latent_size).all()),
-        f"spans begin at {starts.tolist()} and end at {ends.tolist()}, not {latent_size} pads later {hint}",
-    )
+    if (starts <= turn + 2).any():
+        raise _unfit(sample, "a latent span before the assistant's text")
+    if len(ends) != len(starts) or (ends != starts + latent_size).any():
+        raise _unfit(
+            sample,
+            f"spans begin at {starts.tolist()} and end at {ends.tolist()}, not {latent_size} pads later {hint}",
+        )
     inside = starts[:, None] + np.arange(latent_size)  # (S, K)
-    require(bool(pads[inside].all()), f"a span holds something else than latent pads {hint}")
-    require(int(pads.sum()) == inside.size, f"{int(pads.sum())} latent pads, the spans need {inside.size} {hint}")
+    if not pads[inside].all():
+        raise _unfit(sample, f"a span holds something else than latent pads {hint}")
+    if np.count_nonzero(pads) != inside.size:
+        raise _unfit(sample, f"{np.count_nonzero(pads)} latent pads, the spans need {inside.size} {hint}")

@@ -23,7 +23,7 @@ from ilvr_ds.data.index import Manifest, read_index, read_manifest
 from ilvr_ds.data.lengths import IndexColumns
 from ilvr_ds.data.local_files import LocalFiles
 from ilvr_ds.data.order import PlanSource
-from ilvr_ds.data.patches import decode_patches
+from ilvr_ds.data.pixels import SampleRows, decode_pixels, sample_rows
 from ilvr_ds.data.remote_files import RemoteFiles, is_url
 from ilvr_ds.data.remote_folder import RemoteSettings, fetch_folder
 from ilvr_ds.data.sample_format import RawSample, count_tokens, key_of, parse_sample
@@ -172,13 +172,20 @@ class ShardSet:
         return ByteRange(name, int(row["offset"]), int(row["size"]), int(row["crc32"]))
 
     def load_sample(
-        self, number: int, tokenizer: ChatTokenizer, *, blob: bytes | None = None, decode_helpers: bool = True
+        self,
+        number: int,
+        tokenizer: ChatTokenizer,
+        *,
+        blob: bytes | None = None,
+        decode_helpers: bool = True,
+        into: SampleRows | None = None,
     ) -> Sample:
         """Decode and tokenise one sample.
 
         Args:
             blob: its bytes, where `read_bytes` has read them already.
             decode_helpers: False leaves the helper images out, for an objective that does not look at them.
+            into: where its pixels go (`lay_out`); new memory, if not said.
 
         Raises BatchError naming its id when the tokens, images or spans are not what the index says, and what
         `read` raises.
@@ -197,9 +204,10 @@ class ShardSet:
                     f"sample {raw.record.id!r} ({self.folder}, number {number}): {name} is {value}, the index says "
                     f"{row[name]}; run `python -m data_tools.check_shards {self.folder} --tokenizer DIR`"
                 )
-        decoded = members if decode_helpers else members[:inputs]
+        if into is None:
+            into = sample_rows(row, helpers=decode_helpers)
         try:
-            patches = decode_patches(raw.images, decoded, raw.grids)
+            decode_pixels(raw.images, raw.grids, members[:inputs], members[inputs:] if decode_helpers else (), into)
         except BatchError as error:
             raise BatchError(f"sample {raw.record.id!r} ({self.folder}, {raw.key}.{error})") from error
         return Sample(
@@ -207,9 +215,10 @@ class ShardSet:
             id=raw.record.id,
             input_ids=input_ids,
             labels=labels,
-            grids=grids[: len(decoded)],
+            grids=grids if decode_helpers else grids[:inputs],
             num_input_images=inputs,
-            patches=patches,
+            input_pixels=into.inputs,
+            helper_pixels=into.helpers,
             helpers_decoded=decode_helpers,
         )
 

@@ -100,11 +100,18 @@ class ChatTokenizer:
                     f"{origin}: token {token!r}: id {ids[token]} in the file, {loaded} once loaded; "
                     f"the ids of added tokens must follow the vocabulary without a gap"
                 )
-        self.vocabulary = Vocabulary(
+        v = self.vocabulary = Vocabulary(
             **{token.strip("<|>"): ids[token] for token in (*REQUIRED_TOKENS, *LATENT_TOKENS, "assistant")},
             size=max(ids.values()) + 1,
             fingerprint=_fingerprint(spec, [ids[token] for token in LATENT_TOKENS]),
         )
+        # what every sequence has, tokenised once
+        newline = self.encode_text("\n")
+        system = self.encode_text(f"system\n{SYSTEM_TEXT}")
+        self._before_user = _ids(v.im_start, *system, v.im_end, *newline, v.im_start)
+        self._after_user = _ids(v.im_end, *newline, v.im_start, v.assistant, *newline)
+        self._after_steps = _ids(v.im_end, *newline)
+        self._supervised_before_steps = len(newline)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ChatTokenizer:
@@ -139,17 +146,14 @@ class ChatTokenizer:
         images = sum(isinstance(part, ImageRef) for part in prompt)
         if images != len(image_token_counts):
             raise ValueError(f"{images} images in the prompt, {len(image_token_counts)} image token counts")
-        v = self.vocabulary
-        counts = iter(image_token_counts)
-        newline = self.encode_text("\n")
-        ids = [v.im_start, *self.encode_text(f"system\n{SYSTEM_TEXT}"), v.im_end, *newline, v.im_start]
+        v, counts = self.vocabulary, iter(image_token_counts)
+        pieces = [self._before_user]
         for part in join_text(("user\n", *prompt)):
             if isinstance(part, str):
-                ids += self.encode_text(part)
+                pieces.append(_ids(*self.encode_text(part)))
             else:
-                ids += [v.vision_start, *[v.image_pad] * next(counts), v.vision_end]
-        ids += [v.im_end, *newline, v.im_start, v.assistant, *newline]
-        return np.array(ids, dtype=np.int64)
+                pieces.append(_run(v.vision_start, v.image_pad, next(counts), v.vision_end))
+        return np.concatenate([*pieces, self._after_user])
 
     def encode_sample(
         self, prompt: Sequence[Part], steps: Sequence[Part], image_token_counts: Sequence[int], latent_size: int
@@ -161,16 +165,15 @@ class ChatTokenizer:
         """
         v = self.vocabulary
         prefix = self.encode_prompt(prompt, image_token_counts)
-        ids: list[int] = []
+        pieces = [prefix]
         for part in join_text(steps):
             if isinstance(part, str):
-                ids += self.encode_text(part)
+                pieces.append(_ids(*self.encode_text(part)))
             else:
-                ids += [v.latent_start, *[v.latent_pad] * latent_size, v.latent_end]
-        ids += [v.im_end, *self.encode_text("\n")]
-        input_ids = np.concatenate([prefix, np.array(ids, dtype=np.int64)])
+                pieces.append(_run(v.latent_start, v.latent_pad, latent_size, v.latent_end))
+        input_ids = np.concatenate([*pieces, self._after_steps])
         labels = input_ids.copy()
-        labels[: len(prefix) - len(self.encode_text("\n"))] = IGNORE_INDEX  # through `<|im_start|>assistant`
+        labels[: len(prefix) - self._supervised_before_steps] = IGNORE_INDEX  # through `<|im_start|>assistant`
         labels[input_ids == v.latent_pad] = IGNORE_INDEX
         return input_ids, labels
 
@@ -184,6 +187,17 @@ def join_text(parts: Iterable[Part]) -> list[Part]:
         elif part != "":
             joined.append(part)
     return joined
+
+
+def _ids(*ids: int) -> np.ndarray:
+    return np.array(ids, dtype=np.int64)
+
+
+def _run(first: int, pad: int, count: int, last: int) -> np.ndarray:
+    """(count + 2,) int64: `count` pads between two markers."""
+    ids = np.full(count + 2, pad, dtype=np.int64)
+    ids[0], ids[-1] = first, last
+    return ids
 
 
 def _backend_of(spec: dict, origin: str) -> Tokenizer:

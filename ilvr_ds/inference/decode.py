@@ -113,9 +113,9 @@ class Decoder:
         places = np.flatnonzero(ids == image_pad)
         embeddings = self.backbone.embed(torch.from_numpy(ids).to(device))  # (T, D)
         if len(places):
-            patches = np.concatenate([prompt.patches for prompt in prompts if len(prompt.patches)])
+            pixels = np.concatenate([prompt.pixels for prompt in prompts if len(prompt.pixels)])
             grids = tuple(grid for prompt in prompts for grid in prompt.grids)
-            features = self.backbone.encode_images(torch.from_numpy(patches).to(device), grids)
+            features = self.backbone.encode_images(torch.from_numpy(pixels).to(device), grids)
             if len(features) != len(places):
                 named = ", ".join(prompt.id for prompt in prompts)
                 raise BatchError(f"{len(places)} image tokens for {len(features)} image features in prompts {named}")

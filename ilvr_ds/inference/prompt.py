@@ -1,4 +1,4 @@
-"""What generation starts from: the ids, positions and patches training would have for the same prompt.
+"""What generation starts from: the ids, positions and pixels training would have for the same prompt.
 
 The ids come from the one function training uses (`ChatTokenizer.encode_prompt`), the pixels from the functions
 that build the shards; nothing here tokenises or resizes by itself.
@@ -19,12 +19,11 @@ from ilvr_ds.data.images import (
     Grid,
     ImageError,
     ImageSettings,
-    image_to_patches,
     merged_tokens,
     read_image,
     resize_image,
 )
-from ilvr_ds.data.packing import UINT8_PATCH
+from ilvr_ds.data.pixels import PIXEL_ROW, image_pixels
 from ilvr_ds.data.rotary_positions import rotary_positions
 from ilvr_ds.data.tokens import ChatTokenizer, Part
 from ilvr_ds.errors import ConfigError, RecordError
@@ -41,15 +40,15 @@ class EncodedPrompt:
     position_ids: np.ndarray  # (3, L) int64: rotary positions
     next_position: int  # rotary position, in all three rows, of the first token after the prompt
     grids: tuple[Grid, ...]  # (t, h, w) in patches of each image
-    patches: np.ndarray  # (P, 588) uint8 or (P, 1176) float32, as in `Sample`
+    pixels: np.ndarray  # (P, 588) uint8 or (P, 1176) float32, as in `Sample`
     seed: int = 0  # of this sequence's draws when sampling
 
     def sha256(self) -> str:
-        """Hash of everything the model sees: ids, grids and patches."""
+        """Hash of everything the model sees: ids, grids and pixels."""
         digest = hashlib.sha256(np.ascontiguousarray(self.input_ids, dtype=np.int64).tobytes())
         digest.update(json.dumps([list(map(int, grid)) for grid in self.grids]).encode())
-        digest.update(f"{self.patches.dtype}{self.patches.shape}".encode())
-        digest.update(np.ascontiguousarray(self.patches).tobytes())
+        digest.update(f"{self.pixels.dtype}{self.pixels.shape}".encode())
+        digest.update(np.ascontiguousarray(self.pixels).tobytes())
         return digest.hexdigest()
 
 
@@ -57,18 +56,18 @@ def prompt_of_ids(
     prompt_id: str,
     input_ids: np.ndarray,
     grids: Sequence[Grid],
-    patches: np.ndarray,
+    pixels: np.ndarray,
     image_pad: int,
     seed: int = 0,
 ) -> EncodedPrompt:
-    """A prompt whose ids (L,) and patches are already there.
+    """A prompt whose ids (L,) and pixels are already there.
 
     Raises:
         BatchError: image tokens that do not fit the grids.
     """
     # One text token more shows where the count goes on.
     one_more = rotary_positions(np.append(input_ids, image_pad + 1), grids, image_pad)  # (3, L + 1)
-    return EncodedPrompt(prompt_id, input_ids, one_more[:, :-1], int(one_more[0, -1]), tuple(grids), patches, seed)
+    return EncodedPrompt(prompt_id, input_ids, one_more[:, :-1], int(one_more[0, -1]), tuple(grids), pixels, seed)
 
 
 def build_prompt(
@@ -99,7 +98,7 @@ def build_prompt(
         message = f"{left} {IMAGE_MARKER} mark(s) in the text have no image; {given} image(s) are placed"
         raise RecordError("marker_count", message, origin=origin, record_id=prompt_id, field="prompt")
     grids: list[Grid] = []
-    cut: list[np.ndarray] = []
+    decoded: list[np.ndarray] = []
     for part in parts:
         if isinstance(part, ImageRef):
             try:
@@ -108,12 +107,12 @@ def build_prompt(
                 raise RecordError(
                     error.reason, str(error), origin=origin, record_id=prompt_id, field=f"image {part.path}"
                 ) from error
-            patches, grid = image_to_patches(np.asarray(image))
-            cut.append(patches)
+            pixels, grid = image_pixels(image)
+            decoded.append(pixels)
             grids.append(grid)
     ids = tokenizer.encode_prompt(parts, [merged_tokens(grid) for grid in grids])
-    patches = np.concatenate(cut) if cut else np.zeros((0, UINT8_PATCH), np.uint8)
-    return prompt_of_ids(prompt_id, ids, grids, patches, tokenizer.vocabulary.image_pad, seed)
+    pixels = np.concatenate(decoded) if decoded else np.zeros((0, PIXEL_ROW), np.uint8)
+    return prompt_of_ids(prompt_id, ids, grids, pixels, tokenizer.vocabulary.image_pad, seed)
 
 
 def parts_of_text(text: str, images: Sequence[str]) -> tuple[Part, ...]:

@@ -22,7 +22,7 @@ from ilvr_ds.model.latent_settings import check_latent_tokens
 from ilvr_ds.model.loss_head import LossHead, replace_head
 from ilvr_ds.model.patch_embedding import replace_patch_embedding
 from ilvr_ds.model.varlen_attention import AttentionName, Bounds, PackedCache, resolve_attention, use_attention
-from ilvr_ds.model.vision import DUMMY_GRID, FLOAT_PATCH, Grid, normalise_patches, vision_layout
+from ilvr_ds.model.vision import DUMMY_GRID, FLOAT_PATCH, Grid, patches_of, vision_layout
 
 
 class Backbone(nn.Module):
@@ -126,11 +126,11 @@ class Backbone(nn.Module):
         """The head over the vocabulary."""
         return self.network.lm_head
 
-    def encode_images(self, patches: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+    def encode_images(self, pixels: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         """Merged visual features of all images in one call of the vision tower.
 
         Args:
-            patches: (P, 588) uint8 or (P, 1176) floats, images one after the other.
+            pixels: (P, 588) uint8 or (P, 1176) floats as in `PackedBatch`, images one after the other.
             grids: (t, h, w) of each image; may be empty, then a dummy image is encoded so that the tower is
                 called all the same, and no row of it is returned.
 
@@ -138,19 +138,19 @@ class Backbone(nn.Module):
             (N, D) features, row-major per image; without gradient unless `train_vision`.
 
         Raises:
-            BatchError: the number of patches does not fit the grids.
+            BatchError: the number of rows does not fit the grids.
         """
         config = self.network.config.vision_config
         needed = sum(t * h * w for t, h, w in grids)
-        if needed != patches.shape[0]:
-            raise BatchError(f"{patches.shape[0]} image patches, the {len(grids)} grids of the batch need {needed}")
+        if needed != pixels.shape[0]:
+            raise BatchError(f"{pixels.shape[0]} rows of pixels, the {len(grids)} grids of the batch need {needed}")
         if not grids:
-            patches = torch.zeros(DUMMY_GRID[1] * DUMMY_GRID[2], FLOAT_PATCH, device=patches.device)
+            pixels = torch.zeros(DUMMY_GRID[1] * DUMMY_GRID[2], FLOAT_PATCH, device=pixels.device)
         layout = vision_layout(grids or (DUMMY_GRID,), config.spatial_merge_size, config.window_size, config.patch_size)
-        device = patches.device
+        device = pixels.device
         with contextlib.nullcontext() if self.train_vision else torch.no_grad():
             output = self.network.model.visual(
-                normalise_patches(patches),
+                patches_of(pixels, grids),
                 grid_thw=torch.tensor(grids or (DUMMY_GRID,)).to(device, non_blocking=True),
                 **layout.kwargs(device),
             )

@@ -7,16 +7,18 @@ tower takes the result as keyword arguments.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from ilvr_ds.data.images import MERGE, PATCH
+from ilvr_ds.data.packing import FLOAT_PATCH
+from ilvr_ds.data.pixels import PIXEL_ROW
 from ilvr_ds.errors import BatchError
 
-UINT8_PATCH = 588  # 3 channels x 14 x 14
-FLOAT_PATCH = 1176  # the same, normalised, twice (the two frames of a temporal patch)
 # mean and standard deviation of Qwen2.5-VL's image processor (those of CLIP), for values in 0..1
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -71,22 +73,52 @@ def merged_tokens(grid: Grid, merge: int = 2) -> int:
     return t * h * w // merge**2
 
 
-def normalise_patches(patches: Tensor) -> Tensor:
-    """(P, 588) uint8 [channel, row, column] -> (P, 1176) float32 [channel, frame, row, column], on its device.
+def patches_of(pixels: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+    """What the tower takes, (P, 1176) float32 [channel, frame, row, column], of a batch's pixels, on their device.
 
-    x = (byte / 255 - mean_c) / std_c, the still image standing for both frames of a temporal patch, as in
-    Qwen2.5-VL's image processor. (P, 1176) floating-point patches pass through unchanged.
+    Args:
+        pixels: (P, 588) uint8 or (P, 1176) floats, as in `PackedBatch`; the latter pass through unchanged.
+        grids: (1, h, w) of each image.
 
     Raises:
         BatchError: another shape or type.
     """
-    if patches.ndim == 2 and patches.shape[1] == FLOAT_PATCH and patches.is_floating_point():
-        return patches
-    if patches.ndim != 2 or patches.shape[1] != UINT8_PATCH or patches.dtype != torch.uint8:
+    if pixels.ndim == 2 and pixels.shape[1] == FLOAT_PATCH and pixels.is_floating_point():
+        return pixels
+    if pixels.ndim != 2 or pixels.shape[1] != PIXEL_ROW or pixels.dtype != torch.uint8:
         raise BatchError(
-            f"patches of shape {tuple(patches.shape)} and type {patches.dtype}: expected (P, {UINT8_PATCH}) uint8 or "
+            f"pixels of shape {tuple(pixels.shape)} and type {pixels.dtype}: expected (P, {PIXEL_ROW}) uint8 or "
             f"(P, {FLOAT_PATCH}) floats"
         )
+    return normalise_patches(cut_patches(pixels, grids))
+
+
+def cut_patches(pixels: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+    """Pixels as in `PackedBatch` to patches, both (P, 588) uint8: every row becomes one patch [channel, row, column].
+
+    Patches of an image are in Qwen's merge-block order: the four of a merged token are neighbours, blocks run row by
+    row. Neighbouring images of one size are cut together, in one kernel.
+    """
+    patches = torch.empty_like(pixels)
+    begin = 0
+    for (_, h, w), equal in itertools.groupby(grids):
+        n = len(list(equal))
+        rows = slice(begin, begin + n * h * w)
+        begin = rows.stop
+        # image, block row, row, y, block column, column, x, channel
+        images = pixels[rows].view(n, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+        # image, block row, block column, row, column, channel, y, x
+        blocks = patches[rows].view(n, h // MERGE, w // MERGE, MERGE, MERGE, 3, PATCH, PATCH)
+        blocks.copy_(images.permute(0, 1, 4, 2, 5, 7, 3, 6))
+    return patches
+
+
+def normalise_patches(patches: Tensor) -> Tensor:
+    """(P, 588) uint8 [channel, row, column] -> (P, 1176) float32 [channel, frame, row, column].
+
+    x = (byte / 255 - mean_c) / std_c, the still image standing for both frames of a temporal patch, as in
+    Qwen2.5-VL's image processor.
+    """
     mean, std = (torch.tensor(v, device=patches.device)[:, None] for v in (IMAGE_MEAN, IMAGE_STD))  # (3, 1)
     values = (patches.unflatten(1, (3, -1)).float() / 255 - mean) / std  # (P, 3, 196)
     return values.unsqueeze(2).expand(-1, -1, 2, -1).flatten(1)

@@ -73,14 +73,14 @@ class AlignmentObjective(nn.Module):
             noise_seed: with each sample's number it decides the noise on that sample's targets.
 
         Raises:
-            BatchError: spans of another size than `latent.size`, or patches that do not fit the grids.
+            BatchError: spans of another size than `latent.size`, or pixels that do not fit the grids.
         """
         require_latent_size(batch, self.latent.size)
         plan = host_plan(batch)
         noise = noise_for(batch, plan, self.latent, self.student.head.in_features, noise_seed)  # (S, K, D)
         batch = to_device(batch, self.student.device)
 
-        features = self.student.encode_images(batch.patches, batch.grids)  # (N + M, D), inputs then helpers
+        features = self.student.encode_images(batch.pixels, batch.grids)  # (N + M, D), inputs then helpers
         input_features = features[: batch.image_positions.shape[0]]
         helper_features = features[batch.image_positions.shape[0] :]
         targets = self.teacher.targets(batch, plan, input_features, helper_features)  # without a graph

@@ -19,13 +19,13 @@ def require_latent_size(batch: PackedBatch, size: int) -> None:
 def without_helpers(batch: PackedBatch) -> PackedBatch:
     """The batch with its input images only, for an objective that looks at no helper image.
 
-    Raises BatchError when patches and grids of the batch do not fit.
+    Raises BatchError when pixels and grids of the batch do not fit.
     """
     grids = batch.grids[: batch.num_input_images]
     rows = sum(t * h * w for t, h, w in batch.grids)
-    if rows != batch.patches.shape[0]:
+    if rows != batch.pixels.shape[0]:
         raise BatchError(
-            f"samples {batch.sample_ids}: {batch.patches.shape[0]} image patches, the {len(batch.grids)} grids of the "
+            f"samples {batch.sample_ids}: {batch.pixels.shape[0]} rows of pixels, the {len(batch.grids)} grids of the "
             f"batch need {rows}"
         )
-    return dataclasses.replace(batch, grids=grids, patches=batch.patches[: sum(t * h * w for t, h, w in grids)])
+    return dataclasses.replace(batch, grids=grids, pixels=batch.pixels[: sum(t * h * w for t, h, w in grids)])

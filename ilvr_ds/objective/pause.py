@@ -38,11 +38,11 @@ class PauseObjective(nn.Module):
             noise_seed: not used: there are no targets to add noise to.
 
         Raises:
-            BatchError: spans of another size than `latent.size`, or patches that do not fit the grids.
+            BatchError: spans of another size than `latent.size`, or pixels that do not fit the grids.
         """
         require_latent_size(batch, self.latent.size)
         batch = to_device(without_helpers(batch), self.student.device)
-        features = self.student.encode_images(batch.patches, batch.grids)  # (N, D)
+        features = self.student.encode_images(batch.pixels, batch.grids)  # (N, D)
         spans = len(batch.span_starts)
         return forced_terms(
             self.student,

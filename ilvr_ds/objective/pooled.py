@@ -50,12 +50,12 @@ class PooledObjective(nn.Module):
             noise_seed: with each sample's number it decides the noise on that sample's targets.
 
         Raises:
-            BatchError: spans of another size than `latent.size`, or patches that do not fit the grids.
+            BatchError: spans of another size than `latent.size`, or pixels that do not fit the grids.
         """
         require_latent_size(batch, self.latent.size)
         noise = noise_for(batch, host_plan(batch), self.latent, self.student.head.in_features, noise_seed)
         batch = to_device(batch, self.student.device)
-        features = self.student.encode_images(batch.patches, batch.grids)  # (N + M, D), inputs then helpers
+        features = self.student.encode_images(batch.pixels, batch.grids)  # (N + M, D), inputs then helpers
         inputs = batch.image_positions.shape[0]
         values = self._targets(batch, features[inputs:].detach())
         spans = len(values)

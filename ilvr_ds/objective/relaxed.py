@@ -50,7 +50,7 @@ class RelaxedObjective(nn.Module):
             noise_seed: not used: there are no targets to add noise to.
 
         Raises:
-            BatchError: spans of another size than `latent.size`, or patches that do not fit the grids.
+            BatchError: spans of another size than `latent.size`, or pixels that do not fit the grids.
         """
         require_latent_size(batch, self.latent.size)
         device = self.student.device
@@ -58,7 +58,7 @@ class RelaxedObjective(nn.Module):
         spans = 0 if batch.is_filler else len(batch.span_starts)  # a filler's span is nobody's
         batch = to_device(without_helpers(batch), device)
 
-        features = self.student.encode_images(batch.patches, batch.grids)  # (N, D)
+        features = self.student.encode_images(batch.pixels, batch.grids)  # (N, D)
         hidden = forward_with_chain(self.student, batch, features, plan).hidden  # (T, D)
         ce, ce_per_token = self.student.head(hidden[batch.supervised_positions], batch.targets, batch.ce_weights)
         zero = torch.zeros((), device=device)

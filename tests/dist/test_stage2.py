@@ -66,8 +66,8 @@ def sample(number: int, spans: int, images: int) -> Sample:
     ids = np.array([*ids, *words(3 + number % 3), V.im_end])
     labels = np.where((np.arange(len(ids)) >= start) & (ids != V.latent_pad), ids, IGNORE_INDEX)
     grids = ((1, 2, 2),) * (images + spans)
-    patches = rng.integers(0, 256, (4 * len(grids), 588), dtype=np.uint8)
-    return Sample(number, f"s{number}", ids, labels, grids, images, patches)
+    pixels = rng.integers(0, 256, (4 * len(grids), 588), dtype=np.uint8)
+    return Sample(number, f"s{number}", ids, labels, grids, images, pixels[: 4 * images], pixels[4 * images :])
 
 
 def step_batches(cut: str, parts: int):

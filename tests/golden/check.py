@@ -18,7 +18,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -126,7 +125,8 @@ class GoldenFile:
             found = tensor(name)
             return [] if found is None else [tuple(row) for row in found.tolist()]
 
-        patches = [t.float() for t in (tensor("pixel_values"), tensor("pixel_values_latent")) if t is not None]
+        none = torch.zeros(0, 1176)
+        pixels = [none if t is None else t for t in (tensor("pixel_values"), tensor("pixel_values_latent"))]
         inputs = grids("image_grid_thw")
         mask = tensor("attention_mask")
         if mask is not None and not bool(mask.all()):
@@ -138,7 +138,8 @@ class GoldenFile:
             labels=tensor("labels")[0].numpy(),
             grids=(*inputs, *grids("image_grid_thw_latent")),
             num_input_images=len(inputs),
-            patches=torch.cat(patches).numpy() if patches else np.zeros((0, 1176), np.float32),
+            input_pixels=pixels[0].float().numpy(),
+            helper_pixels=pixels[1].float().numpy(),
         )
 
     def out(self, number: int, name: str) -> Tensor | None:
@@ -197,7 +198,7 @@ def _selection_errors(
     file: GoldenFile, objective: AlignmentObjective, batch: PackedBatch, row: int, number: int
 ) -> dict[str, float]:
     student, plan = objective.student, host_plan(batch)
-    features = student.encode_images(batch.patches, batch.grids)
+    features = student.encode_images(batch.pixels, batch.grids)
     inputs = len(batch.image_positions)
     targets = objective.teacher.targets(batch, plan, features[:inputs], features[inputs:])
     hidden = forward_with_targets(student, batch, features[:inputs], targets.values, targets.counts).hidden
@@ -291,7 +292,7 @@ def _stage2_errors(
     if tail is not None:
         with torch.no_grad():
             student, end = objective.student, int(batch.cu_seqlens[row + 1])
-            features = student.encode_images(batch.patches, batch.grids)[: len(batch.image_positions)]
+            features = student.encode_images(batch.pixels, batch.grids)[: len(batch.image_positions)]
             plan = plan_chain(batch, rounds_needed(batch))
             hidden = forward_with_chain(student, batch, features, plan).hidden
             errors["logits2"] = largest_difference(student.head.logits(hidden[end - len(tail) : end]), tail)

@@ -84,12 +84,12 @@ class DecodeFile:
         return Decoder(Backbone(self.network(number), attention="sdpa"), self.tokens)
 
     def prompt(self, number: int) -> EncodedPrompt:
-        patches, grids = (self.tensors.get(f"case{number}.{name}") for name in ("pixel_values", "image_grid_thw"))
+        pixels, grids = (self.tensors.get(f"case{number}.{name}") for name in ("pixel_values", "image_grid_thw"))
         return prompt_of_ids(
             f"case{number}",
             self.tensors[f"case{number}.input_ids"][0].numpy(),
             [] if grids is None else [tuple(row) for row in grids.tolist()],
-            (torch.zeros(0, 1176) if patches is None else patches.float()).numpy(),
+            (torch.zeros(0, 1176) if pixels is None else pixels.float()).numpy(),
             self.tokens.vocabulary.image_pad,
         )
 

@@ -63,7 +63,7 @@ def test_latents_are_the_states_before_each_pad(golden, decode_check):
     with torch.no_grad():
         embeddings = network.model.language_model.embed_tokens(ids)
         features = network.model.visual(
-            torch.from_numpy(prompt.patches), grid_thw=torch.tensor(prompt.grids)
+            torch.from_numpy(prompt.pixels), grid_thw=torch.tensor(prompt.grids)
         ).pooler_output
         embeddings[ids == vocabulary.image_pad] = features
         pads = (ids == vocabulary.latent_pad).nonzero()[:, 0]

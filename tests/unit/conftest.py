@@ -67,8 +67,10 @@ def sample_of(
         ids += [*words(gap), v.latent_start, *[v.latent_pad] * LATENTS, v.latent_end]
     ids = np.array([*ids, *words(gap), v.im_end, NEWLINE])
     labels = np.where((np.arange(len(ids)) >= start) & (ids != v.latent_pad), ids, IGNORE_INDEX)
-    patches = rng.integers(0, 256, (sum(t * h * w for t, h, w in grids), 588), dtype=np.uint8)
-    return Sample(seed if number is None else number, f"s{seed}", ids, labels, tuple(grids), images, patches)
+    pixels = rng.integers(0, 256, (sum(t * h * w for t, h, w in grids), 588), dtype=np.uint8)
+    own = sum(t * h * w for t, h, w in grids[:images])
+    number = seed if number is None else number
+    return Sample(number, f"s{seed}", ids, labels, tuple(grids), images, pixels[:own], pixels[own:])
 
 
 def batch_of(samples: list[Sample], **changes):

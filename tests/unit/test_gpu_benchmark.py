@@ -225,10 +225,11 @@ def test_samples_have_comts_lengths_and_pack(synthetic):
     assert lengths.spans.min() >= 1 and lengths.spans.max() <= 6
     totals = StepTotals(samples=12, supervised=1, spans=1, tokens=1)
     batch = pack(samples, synthetic.QWEN_3B.vocabulary, 8, totals=totals)
-    assert len(batch.input_ids) == lengths.tokens.sum() and batch.patches.shape == (lengths.patches.sum(), 588)
+    assert len(batch.input_ids) == lengths.tokens.sum() and batch.pixels.shape == (lengths.patches.sum(), 588)
     assert len(batch.targets) == lengths.supervised.sum() and len(batch.span_starts) == lengths.spans.sum()
     again = synthetic.random_samples(12, synthetic.QWEN_3B, 8, seed=1)
-    assert all((a.patches == b.patches).all() for a, b in zip(samples, again, strict=True))
+    for a, b in zip(samples, again, strict=True):
+        assert (a.input_pixels == b.input_pixels).all() and (a.helper_pixels == b.helper_pixels).all()
 
 
 def test_the_published_schedule_runs_the_teacher_once_per_span_plus_once(checks, repository):

@@ -115,8 +115,8 @@ def test_record_with_40_helper_images(build, good_record, tmp_path, tokenizer):
     assert len(shards) == 3 and shards.index[1]["spans"] == 40
     sample = shards.load_sample(1, tokenizer)
     assert sample.grids[1:] == tuple((1, 8, 2 * (1 + number % 5)) for number in range(40))
-    ends = np.cumsum([h * w for _, h, w in sample.grids])
-    assert sample.patches[ends[:-1], 0].tolist() == list(range(40))  # the red of each helper image
+    ends = np.cumsum([0, *(h * w for _, h, w in sample.grids[1:])])
+    assert sample.helper_pixels[ends[:-1], 0].tolist() == list(range(40))  # the red of each helper image
     assert (sample.input_ids == tokenizer.vocabulary.latent_pad).sum() == 40 * 8
     assert check_main([str(folder)]) == 0
 
@@ -126,8 +126,7 @@ def test_helper_image_may_be_the_input_image(build, good_record, tokenizer):
     shards = ShardSet.open(build(good_record("same", sequence_plan=plan)))
     sample = shards.load_sample(1, tokenizer)
     assert sample.grids[0] == sample.grids[1]
-    half = len(sample.patches) // 2
-    assert (sample.patches[:half] == sample.patches[half:]).all()
+    assert len(sample.input_pixels) and (sample.input_pixels == sample.helper_pixels).all()
 
 
 def test_line_that_is_not_utf8(build, good_record):

@@ -126,8 +126,8 @@ def test_helper_images_nobody_looks_at_are_not_decoded(tmp_path, tokenizer):
     for a, b in zip(with_helpers, without, strict=True):
         inputs = sum(t * h * w for t, h, w in a.grids[: a.num_input_images])
         assert b.grids == a.grids[: a.num_input_images] and len(a.grids) > len(b.grids)
-        assert torch.equal(b.patches, a.patches[:inputs])
+        assert torch.equal(b.pixels, a.pixels[:inputs])
         for field in dataclasses.fields(a):
-            if field.name not in ("grids", "patches"):
+            if field.name not in ("grids", "pixels"):
                 left, right = getattr(a, field.name), getattr(b, field.name)
                 assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right

@@ -4,13 +4,13 @@ import hashlib
 import json
 import tarfile
 
-import numpy as np
 import pytest
 import webdataset
 
 from data_tools.build_shards import main
 from ilvr_ds.data.build import BuildSettings
-from ilvr_ds.data.images import image_to_patches, read_image, resize_image
+from ilvr_ds.data.images import read_image, resize_image
+from ilvr_ds.data.pixels import image_pixels
 from ilvr_ds.data.shards import ShardSet
 from ilvr_ds.errors import ConfigError
 
@@ -42,9 +42,9 @@ def test_what_goes_in_comes_out(run, write_records, good_record, tmp_path, token
     assert (shards.manifest.built, shards.manifest.rejected, len(shards)) == (6, 0, 6)
     assert [shards.sample_id(i) for i in range(6)] == ["r0", "r1", "r2", "r3", "r4", "plain"]
     sample = shards.load_sample(3, tokenizer)
-    expected = [image_to_patches(np.asarray(resize_image(read_image(tmp_path / name)))) for name in ("a.png", "b.png")]
+    expected = [image_pixels(resize_image(read_image(tmp_path / name))) for name in ("a.png", "b.png")]
     assert sample.grids == tuple(grid for _, grid in expected)
-    assert (sample.patches == np.concatenate([patches for patches, _ in expected])).all()
+    assert (sample.input_pixels == expected[0][0]).all() and (sample.helper_pixels == expected[1][0]).all()
     assert sample.num_input_images == 1 and sample.number == 3 and sample.id == "r3"
     row = shards.index[3]
     assert len(sample.input_ids) == row["text_tokens"] + row["image_tokens"]

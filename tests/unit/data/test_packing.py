@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from ilvr_ds.contracts import IGNORE_INDEX, PackedBatch, Sample
-from ilvr_ds.data.packing import FLOAT_PATCH, UINT8_PATCH, filler_batch, pack, special_ids
+from ilvr_ds.data.packing import FLOAT_PATCH, filler_batch, pack, special_ids
+from ilvr_ds.data.pixels import PIXEL_ROW
 from ilvr_ds.data.plan import StepTotals
 from ilvr_ds.data.tokens import Vocabulary
 from ilvr_ds.errors import BatchError
@@ -41,9 +42,10 @@ def sample(name: str = "s", user=(5, (2, 4), 6), steps=(10, 11, (2, 2), 12, (4, 
     labels = np.where((np.arange(len(input_ids)) < prompt) | (input_ids == V.latent_pad), IGNORE_INDEX, input_ids)
     grids = tuple((1, h, w) for h, w in (*inputs, *helpers))
     rows = sum(h * w for _, h, w in grids)
-    patches = np.full((rows, UINT8_PATCH), number, np.uint8)
-    patches[:, 0] = np.arange(rows)
-    return Sample(number, name, input_ids, labels, grids, len(inputs), patches)
+    pixels = np.full((rows, PIXEL_ROW), number, np.uint8)
+    pixels[:, 0] = np.arange(rows)
+    of_inputs = sum(h * w for h, w in inputs)
+    return Sample(number, name, input_ids, labels, grids, len(inputs), pixels[:of_inputs], pixels[of_inputs:])
 
 
 def totals_of(samples: list[Sample]) -> StepTotals:
@@ -111,9 +113,9 @@ def assert_concatenation(packed: PackedBatch, singles: list[PackedBatch]) -> Non
     assert packed.grids == tuple(g for grids in inputs + helpers for g in grids)
     assert packed.num_input_images == sum(map(len, inputs))
     cut = [sum(h * w for _, h, w in grids) for grids in inputs]
-    rows = [s.patches[:c] for s, c in zip(singles, cut, strict=True)]
-    rows += [s.patches[c:] for s, c in zip(singles, cut, strict=True)]
-    assert torch.equal(packed.patches, torch.cat(rows))
+    rows = [s.pixels[:c] for s, c in zip(singles, cut, strict=True)]
+    rows += [s.pixels[c:] for s, c in zip(singles, cut, strict=True)]
+    assert torch.equal(packed.pixels, torch.cat(rows))
 
 
 def test_packed_is_the_concatenation_of_singles():
@@ -155,7 +157,6 @@ def golden_samples(golden) -> tuple[Vocabulary, int, list[Sample]]:
         case = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"case{len(samples)}.")}
         inputs, none = case["image_grid_thw"].tolist(), torch.zeros(0, FLOAT_PATCH)
         helpers = case["image_grid_thw_latent"].tolist() if "image_grid_thw_latent" in case else []
-        patches = torch.cat([case["pixel_values"].float(), case.get("pixel_values_latent", none).float()])
         samples.append(
             Sample(
                 number=len(samples),
@@ -164,7 +165,8 @@ def golden_samples(golden) -> tuple[Vocabulary, int, list[Sample]]:
                 labels=case["labels"][0].numpy(),
                 grids=tuple(tuple(g) for g in inputs + helpers),
                 num_input_images=len(inputs),
-                patches=patches.numpy(),
+                input_pixels=case["pixel_values"].float().numpy(),
+                helper_pixels=case.get("pixel_values_latent", none).float().numpy(),
             )
         )
     return vocabulary, facts["latent_size"], samples
@@ -212,7 +214,7 @@ def test_token_reduction_without_any_span():
 def test_filler_has_one_of_everything_and_weighs_nothing():
     b = filler_batch(V, K)
     assert b.is_filler and b.sample_numbers == (-1,)
-    assert b.num_input_images == 1 and b.grids == ((1, 2, 2), (1, 2, 2)) and b.patches.shape == (8, UINT8_PATCH)
+    assert b.num_input_images == 1 and b.grids == ((1, 2, 2), (1, 2, 2)) and b.pixels.shape == (8, PIXEL_ROW)
     assert len(b.image_positions) == len(b.span_starts) == 1
     assert len(b.prompt_positions) and len(b.local_positions) and len(b.supervised_positions) == 3
     assert b.targets.tolist() == [V.latent_start, V.latent_end, V.im_end]
@@ -244,12 +246,15 @@ def with_label(position: int, value: int) -> Sample:
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        (edit(grids=((1, 2, 2), (1, 2, 4), (1, 4, 2))), "2 image tokens"),  # fewer patches than image tokens
-        (edit(grids=((1, 2, 4), (1, 2, 2))), "patches"),
+        (edit(grids=((1, 2, 2), (1, 2, 2), (1, 4, 2)), input_pixels=sample().input_pixels[:4]), "2 image tokens"),
+        (edit(grids=((1, 2, 2), (1, 2, 4), (1, 4, 2))), "input_pixels"),  # in all as many rows
+        (edit(grids=((1, 2, 4), (1, 2, 2))), "helper_pixels"),
         (edit(grids=((1, 2, 4), (1, 2, 2), (1, 3, 2))), "even"),
         (edit(grids=((2, 2, 4), (1, 2, 2), (1, 4, 2))), "even"),
-        (edit(patches=sample().patches[:-1]), "patches"),
-        (edit(patches=sample().patches.astype(np.float32)), "patches"),
+        (edit(input_pixels=sample().input_pixels[:-1]), "input_pixels"),
+        (edit(helper_pixels=sample().helper_pixels[:-1]), "helper_pixels"),
+        (edit(input_pixels=sample().input_pixels.astype(np.float32)), "input_pixels"),
+        (edit(helper_pixels=sample().helper_pixels[:, :-1]), "helper_pixels"),
         (edit(num_input_images=4), "4 input images"),
         (edit(labels=sample().labels[:-1]), "differ"),
         (with_id(4, 5), "1 image tokens"),
@@ -275,9 +280,22 @@ def test_span_length_is_the_recipes():
         pack([THREE[0]], V, K + 1, totals=totals_of(THREE))
 
 
-def test_mixed_patch_kinds_and_empty_batches_are_refused():
-    float_patches = np.zeros((len(THREE[0].patches), FLOAT_PATCH), np.float32)
+def test_mixed_pixel_kinds_and_empty_batches_are_refused():
+    floats = [
+        np.zeros((len(rows), FLOAT_PATCH), np.float32) for rows in (sample().input_pixels, sample().helper_pixels)
+    ]
     with pytest.raises(BatchError, match="different kinds"):
-        pack([THREE[0], edit(patches=float_patches)], V, K, totals=totals_of(THREE))
+        pack([THREE[0], edit(input_pixels=floats[0], helper_pixels=floats[1])], V, K, totals=totals_of(THREE))
+    with pytest.raises(BatchError, match="different kinds"):
+        pack([edit(helper_pixels=floats[1])], V, K, totals=totals_of(THREE))
     with pytest.raises(ValueError, match="filler_batch"):
         pack([], V, K, totals=totals_of(THREE))
+
+
+def test_pixels_that_lie_in_the_batchs_order_are_not_copied():
+    copied = pack(THREE, V, K, totals=totals_of(THREE))
+    rows = copied.pixels.numpy().copy()
+    laid = pack(THREE, V, K, totals=totals_of(THREE), pixels=rows)
+    assert laid.pixels.data_ptr() == rows.ctypes.data and torch.equal(laid.pixels, copied.pixels)
+    with pytest.raises(ValueError, match="rows of pixels"):
+        pack(THREE, V, K, totals=totals_of(THREE), pixels=rows[:-1])

@@ -26,6 +26,9 @@ def folder(write_records, good_record, tokenizer_folder, tmp_path):
     return tmp_path / "out"
 
 
+PIXELS = ("input_pixels", "helper_pixels")
+
+
 def rewrite_index(folder, **changes):
     """Change fields of row 4 and make the manifest believe it."""
     index = np.array(np.load(folder / "index.npy"))
@@ -38,7 +41,7 @@ def rewrite_index(folder, **changes):
 
 def load(shards, number, tokenizer):
     sample = shards.load_sample(number, tokenizer)
-    return sample.id, sample.input_ids.tobytes(), sample.labels.tobytes(), sample.patches.tobytes()
+    return sample.id, *(getattr(sample, name).tobytes() for name in ("input_ids", "labels", *PIXELS))
 
 
 def test_manifest_and_index_round_trip(folder):
@@ -64,7 +67,9 @@ def test_same_samples_in_threads_forks_and_spawned_workers(folder, tokenizer):
         with multiprocessing.get_context(method).Pool(2) as pool:
             assert pool.starmap(ShardSet.load_sample, calls[:0]) == []
             copies = pool.starmap(ShardSet.load_sample, calls)
-            assert [copy.patches.tobytes() for copy in copies] == [patches for *_, patches in expected]
+            assert [tuple(getattr(copy, name).tobytes() for name in PIXELS) for copy in copies] == [
+                tuple(pixels) for *_, inputs, helpers in expected for pixels in [(inputs, helpers)]
+            ]
             assert [copy.id for copy in copies] == ["r6", "r0", "r3", "r3", "r5"]
 
 
@@ -141,7 +146,7 @@ def test_another_tokenizer_or_latent_size_is_refused_until_counted_again(folder,
     again.require(other, 4)
     after = again.load_sample(2, other)
     assert len(after.input_ids) < len(before.input_ids) - 4  # "word" is one token now, and a span is 4 shorter
-    assert (after.patches == before.patches).all()
+    assert all((getattr(after, name) == getattr(before, name)).all() for name in PIXELS)
     with pytest.raises(ShardError):
         again.require(tokenizer, 8)
     assert reindex_main([str(tmp_path), "--tokenizer", str(tmp_path / "other")]) == 1

@@ -68,7 +68,9 @@ def packed(ids: list[int], vocabulary: Vocabulary, spans: int, labels: np.ndarra
     if labels is None:
         labels = np.where((np.arange(len(ids)) >= 2) & (ids != vocabulary.latent_pad), ids, IGNORE_INDEX)
     grids = ((1, 2, 2),) * spans
-    sample = Sample(0, "case", ids, labels, grids, 0, np.zeros((4 * spans, 588), np.uint8))
+    sample = Sample(
+        0, "case", ids, labels, grids, 0, np.zeros((0, 588), np.uint8), np.zeros((4 * spans, 588), np.uint8)
+    )
     return pack([sample], vocabulary, 8, totals=StepTotals(samples=1, supervised=1, spans=1, tokens=len(ids)))
 
 

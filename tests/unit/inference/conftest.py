@@ -11,7 +11,7 @@ from ilvr_ds.inference.prompt import EncodedPrompt, prompt_of_ids
 from ilvr_ds.inference.sampling import choose
 from ilvr_ds.inference.sequence import DecodeSettings, SequenceState
 from ilvr_ds.model.backbone import Backbone
-from ilvr_ds.model.vision import normalise_patches
+from ilvr_ds.model.vision import patches_of
 
 
 class Numbers:
@@ -41,7 +41,7 @@ def prompts_of(small, count: int, images=(0, 1, 2)) -> list[EncodedPrompt]:
         sample = small.sample(100 + i, images=images[i % len(images)], spans=0, text=3 + 5 * (i % 4), gap=0)
         ids = sample.input_ids[:-2]  # without the end of an empty answer
         prompts.append(
-            prompt_of_ids(f"p{i}", ids, sample.grids, sample.patches, small.vocabulary.image_pad, seed=1000 + i)
+            prompt_of_ids(f"p{i}", ids, sample.grids, sample.input_pixels, small.vocabulary.image_pad, seed=1000 + i)
         )
     return prompts
 
@@ -54,7 +54,7 @@ def slowly(network, vocabulary, prompt: EncodedPrompt, settings: DecodeSettings)
     ids = torch.from_numpy(prompt.input_ids)
     inputs = text.embed_tokens(ids)
     if prompt.grids:
-        patches = normalise_patches(torch.from_numpy(prompt.patches))
+        patches = patches_of(torch.from_numpy(prompt.pixels), prompt.grids)
         features = network.model.visual(patches, grid_thw=torch.tensor(prompt.grids)).pooler_output
         inputs[ids == vocabulary.image_pad] = features
     positions = torch.from_numpy(prompt.position_ids)

@@ -162,7 +162,7 @@ def test_ends(decoding, decoder):
 def test_seeds_are_the_sequences_own(decoding, decoder):
     how = decoding.settings(sampling=Sampling(1.0), stop_tokens=())
     prompt = decoding.prompts(1)[0]
-    again = [prompt_of_ids("x", prompt.input_ids, prompt.grids, prompt.patches, 54, seed) for seed in (1, 2, 1)]
+    again = [prompt_of_ids("x", prompt.input_ids, prompt.grids, prompt.pixels, 54, seed) for seed in (1, 2, 1)]
     first, second, third = decoder.generate(again, how)
     assert first.tokens == third.tokens
     assert first.tokens != second.tokens
@@ -204,9 +204,9 @@ def test_the_backbone_is_left_as_it_was(decoding):
 def test_images_that_do_not_fit_are_named(decoding, decoder):
     prompt = decoding.prompts(1, images=(1,))[0]
     with pytest.raises(BatchError, match="image"):
-        prompt_of_ids("x", prompt.input_ids, [], prompt.patches[:0], decoding.vocabulary.image_pad)
+        prompt_of_ids("x", prompt.input_ids, [], prompt.pixels[:0], decoding.vocabulary.image_pad)
     with pytest.raises(BatchError, match="'x' is empty"):
-        empty = prompt_of_ids("x", prompt.input_ids[:0], [], prompt.patches[:0], decoding.vocabulary.image_pad)
+        empty = prompt_of_ids("x", prompt.input_ids[:0], [], prompt.pixels[:0], decoding.vocabulary.image_pad)
         decoder.generate([empty], decoding.settings())
 
 

@@ -12,7 +12,7 @@ from ilvr_ds.inference.load import load_model
 from ilvr_ds.model.backbone import Backbone
 from ilvr_ds.model.latent_settings import LatentSettings, read_latent_settings
 from ilvr_ds.model.tiny import build_tiny_model
-from ilvr_ds.model.vision import normalise_patches
+from ilvr_ds.model.vision import patches_of
 
 
 @torch.no_grad()
@@ -23,9 +23,9 @@ def choices_of_one_forward(network, vocabulary, prompt, tokens) -> torch.Tensor:
     ids = torch.cat([torch.from_numpy(prompt.input_ids), torch.tensor(tokens)])
     inputs = text.embed_tokens(ids)
     if prompt.grids:
-        patches = normalise_patches(torch.from_numpy(prompt.patches))
+        patches = patches_of(torch.from_numpy(prompt.pixels), prompt.grids)
         features = network.model.visual(patches, grid_thw=torch.tensor(prompt.grids)).pooler_output
-        inputs[ids == vocabulary.image_pad] = features
+        inputs[: len(prompt.input_ids)][torch.from_numpy(prompt.input_ids) == vocabulary.image_pad] = features
     after = torch.arange(len(tokens)).expand(3, -1) + prompt.next_position
     positions = torch.cat([torch.from_numpy(prompt.position_ids), after], 1)
     hidden = text(inputs_embeds=inputs[None], position_ids=positions[:, None], use_cache=False).last_hidden_state[0]

@@ -51,7 +51,7 @@ def records(tmp_path_factory):
 
 
 def test_equals_what_training_reads_from_shards(records, tokenizer, tmp_path):
-    """Built into shards and read back as training does: ids, positions, grids and patches are the same."""
+    """Built into shards and read back as training does: ids, positions, grids and pixels are the same."""
     settings = BuildSettings((records,), "ilvr", records.parent, tmp_path / "shards", latent_size=3, images=IMAGES)
     build(settings, tokenizer, lambda n: None)
     shards = ShardSet.open(tmp_path / "shards")
@@ -60,9 +60,8 @@ def test_equals_what_training_reads_from_shards(records, tokenizer, tmp_path):
     for number in range(len(shards)):
         sample = shards.load_sample(number, tokenizer)
         prompt, length = prompts[sample.id], len(prompts[sample.id].input_ids)
-        own = sum(t * h * w for t, h, w in sample.grids[: sample.num_input_images])
         trained = prompt_of_ids(
-            sample.id, sample.input_ids[:length], sample.grids[: sample.num_input_images], sample.patches[:own],
+            sample.id, sample.input_ids[:length], sample.grids[: sample.num_input_images], sample.input_pixels,
             tokenizer.vocabulary.image_pad,
         )  # fmt: skip
         assert prompt.sha256() == trained.sha256()
@@ -79,18 +78,18 @@ def test_the_hash_sees_everything(records, tokenizer):
     prompt = next(encode_requests(read_requests(records), tokenizer, IMAGES, seed=0))
     v = tokenizer.vocabulary
     others = []
-    for change in ("ids", "patches"):
-        ids, patches = prompt.input_ids.copy(), prompt.patches.copy()
+    for change in ("ids", "pixels"):
+        ids, pixels = prompt.input_ids.copy(), prompt.pixels.copy()
         if change == "ids":
             ids[1] += 1
         else:
-            patches[0, 0] ^= 1
-        others.append(prompt_of_ids("x", ids, prompt.grids, patches, v.image_pad).sha256())
+            pixels[0, 0] ^= 1
+        others.append(prompt_of_ids("x", ids, prompt.grids, pixels, v.image_pad).sha256())
     (t, h, w), *rest = prompt.grids
-    turned = prompt_of_ids("x", prompt.input_ids, [(t, w, h), *rest], prompt.patches, v.image_pad).sha256()
+    turned = prompt_of_ids("x", prompt.input_ids, [(t, w, h), *rest], prompt.pixels, v.image_pad).sha256()
     assert h != w
     assert len({prompt.sha256(), turned, *others}) == 4
-    assert prompt_of_ids("other name", prompt.input_ids, prompt.grids, prompt.patches, v.image_pad, 5).sha256() == (
+    assert prompt_of_ids("other name", prompt.input_ids, prompt.grids, prompt.pixels, v.image_pad, 5).sha256() == (
         prompt.sha256()
     )
 

@@ -6,11 +6,11 @@ import torch
 from ilvr_ds.errors import AttentionError, BatchError, ConfigError
 from ilvr_ds.model.backbone import Backbone, check_vocabulary
 from ilvr_ds.model.placement import place_image_features
-from ilvr_ds.model.vision import normalise_patches
+from ilvr_ds.model.vision import patches_of
 
 
 def hidden_of(backbone, batch):
-    features = backbone.encode_images(batch.patches, batch.grids)[: len(batch.image_positions)]
+    features = backbone.encode_images(batch.pixels, batch.grids)[: len(batch.image_positions)]
     embeddings = place_image_features(backbone.embed(batch.input_ids), batch.image_positions, features)
     return backbone.decode(embeddings, batch)
 
@@ -35,8 +35,8 @@ def test_packed_equals_the_stock_model_sample_by_sample(small, samples, backbone
         inputs = sum(t * h * w for t, h, w in sample.grids[: sample.num_input_images])
         images = {}
         if inputs:
-            patches = torch.from_numpy(sample.patches[:inputs])
-            images["pixel_values"] = normalise_patches(patches)
+            grids = sample.grids[: sample.num_input_images]
+            images["pixel_values"] = patches_of(torch.from_numpy(sample.input_pixels), grids)
             images["image_grid_thw"] = torch.tensor(sample.grids[: sample.num_input_images])
         # the tower's placeholder id is the stock config's; ours is given by position
         stock.config.image_token_id = small.vocabulary.image_pad
@@ -53,7 +53,7 @@ def test_a_neighbour_changes_exactly_nothing(small, samples, backbone):
     changed = first.input_ids.clone()
     changed[: own.start] = (changed[: own.start] + 7) % 49
     changed[own.stop :] = 3
-    second = small.batch(samples, input_ids=changed, patches=255 - first.patches)
+    second = small.batch(samples, input_ids=changed, pixels=255 - first.pixels)
     with torch.no_grad():
         before, after = hidden_of(backbone, first), hidden_of(backbone, second)
     assert torch.equal(before[own], after[own])
@@ -88,11 +88,11 @@ def test_what_the_language_model_is_called_with(small, samples, backbone):
 
 def test_one_vision_call_equals_one_call_per_image(small, backbone):
     batch = small.batch([small.sample(3, images=3, spans=2, side=6)])
-    together = backbone.encode_images(batch.patches, batch.grids)
+    together = backbone.encode_images(batch.pixels, batch.grids)
     sizes = [h * w for _, h, w in batch.grids]
     alone = [
-        backbone.encode_images(patches, (grid,))
-        for patches, grid in zip(batch.patches.split(sizes), batch.grids, strict=True)
+        backbone.encode_images(pixels, (grid,))
+        for pixels, grid in zip(batch.pixels.split(sizes), batch.grids, strict=True)
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=5e-5)
 
@@ -111,17 +111,17 @@ def test_without_images_the_tower_is_called_all_the_same(small):
 def test_frozen_vision_has_no_graph(small):
     batch = small.batch([small.sample(0)])
     frozen = Backbone(small.network(0), attention="sdpa")
-    assert not frozen.encode_images(batch.patches, batch.grids).requires_grad
+    assert not frozen.encode_images(batch.pixels, batch.grids).requires_grad
     assert not any(p.requires_grad for p in frozen.network.model.visual.parameters())
     trained = Backbone(small.network(0), attention="sdpa", train_vision=True)
-    trained.encode_images(batch.patches, batch.grids).sum().backward()
+    trained.encode_images(batch.pixels, batch.grids).sum().backward()
     assert all(p.grad is not None for p in trained.network.model.visual.parameters())
 
 
-def test_patches_that_do_not_fit_the_grids(small, backbone):
+def test_pixels_that_do_not_fit_the_grids(small, backbone):
     batch = small.batch([small.sample(0)])
     with pytest.raises(BatchError, match="grids of the batch need"):
-        backbone.encode_images(batch.patches[:-1], batch.grids)
+        backbone.encode_images(batch.pixels[:-1], batch.grids)
 
 
 # -------------------------------------------------------------------------------- checkpointing

@@ -41,7 +41,7 @@ def student_of(small, checkpointing=False):
 def run(student, batch, forward, weight_seed=1):
     """Hidden states and gradients of a random function of them."""
     student.zero_grad()
-    features = student.encode_images(batch.patches, batch.grids)[: len(batch.image_positions)]
+    features = student.encode_images(batch.pixels, batch.grids)[: len(batch.image_positions)]
     hidden = forward(student, batch, features).hidden
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(weight_seed))
     (hidden * weights).sum().backward()

@@ -10,7 +10,7 @@ from ilvr_ds.model.selection import pool_candidates
 
 def targets_of(objective, batch):
     with torch.no_grad():
-        features = objective.student.encode_images(batch.patches, batch.grids)
+        features = objective.student.encode_images(batch.pixels, batch.grids)
     inputs = len(batch.image_positions)
     return objective.teacher.targets(batch, host_plan(batch), features[:inputs], features[inputs:])
 
@@ -28,7 +28,7 @@ def reference(objective, small, sample):
     own = small.batch([sample])
     ids = sample.input_ids.tolist()
     with torch.no_grad():
-        features = objective.student.encode_images(own.patches, own.grids)
+        features = objective.student.encode_images(own.pixels, own.grids)
         parts = list(features.split([h * w // 4 for _, h, w in own.grids])) if own.grids else []
         inputs, helpers = parts[: sample.num_input_images], parts[sample.num_input_images :]
         embeddings = language_model.embed_tokens(own.input_ids)
@@ -108,7 +108,7 @@ def test_a_pack_gets_the_targets_of_each_sample(small, seed, options):
 def test_local_text_and_history_matter(small):
     """Or else the test above could not see them missing: other text or another first helper changes later targets."""
     objective = small.objective(1, temperature=0.2)
-    sample = small.sample(5, spans=2, side=8)
+    sample = small.sample(4, spans=2, side=8)
     batch = small.batch([sample])
     before = targets_of(objective, batch)
     second = batch.local_positions[batch.local_span == 1]
@@ -117,10 +117,10 @@ def test_local_text_and_history_matter(small):
     after = targets_of(objective, small.batch([sample], input_ids=ids))
     assert torch.equal(before.values[0], after.values[0])
     assert not torch.equal(before.values[1], after.values[1])
-    patches = batch.patches.clone()
+    pixels = batch.pixels.clone()
     first_helper = slice(*[sum(h * w for _, h, w in batch.grids[:n]) for n in (1, 2)])
-    patches[first_helper] = 255 - patches[first_helper]
-    after = targets_of(objective, small.batch([sample], patches=patches))
+    pixels[first_helper] = 255 - pixels[first_helper]
+    after = targets_of(objective, small.batch([sample], pixels=pixels))
     assert not torch.equal(before.values[1], after.values[1])
 
 
@@ -132,12 +132,12 @@ def test_a_neighbour_changes_targets_exactly_nothing(small):
     other = torch.cat([torch.arange(start), torch.arange(end, len(ids))])
     text = other[ids[other] < 49]
     ids[text] = (ids[text] + 13) % 49
-    patches = batch.patches.clone()
+    pixels = batch.pixels.clone()
     owner = torch.tensor([0, 1, 2, 0, 0, 1, 1, 2, 2])  # sample of each grid: inputs, then helpers
     rows = owner.repeat_interleave(torch.tensor([h * w for _, h, w in batch.grids]))
-    patches[rows != 1] = 255 - patches[rows != 1]
+    pixels[rows != 1] = 255 - pixels[rows != 1]
     before, after = (
-        targets_of(objective, small.batch(samples, **c)) for c in ({}, {"input_ids": ids, "patches": patches})
+        targets_of(objective, small.batch(samples, **c)) for c in ({}, {"input_ids": ids, "pixels": pixels})
     )
     assert torch.equal(before.global_query[1], after.global_query[1])
     assert torch.equal(before.values[2:4], after.values[2:4])

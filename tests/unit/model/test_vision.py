@@ -6,40 +6,45 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
+from ilvr_ds.data.images import image_to_patches
 from ilvr_ds.errors import BatchError
-from ilvr_ds.model.vision import IMAGE_MEAN, IMAGE_STD, merged_tokens, normalise_patches, vision_layout
+from ilvr_ds.model.vision import cut_patches, merged_tokens, patches_of, vision_layout
 
 GRIDS = ((1, 4, 6), (1, 2, 2), (1, 10, 4))
 
 
-def test_normalised_as_by_qwens_processor():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8))
-    expected = Qwen2VLImageProcessor()(images=image, return_tensors="pt")["pixel_values"]  # (P, 1176)
-    frames = expected.unflatten(1, (3, 2, 196))
-    assert torch.equal(frames[:, :, 0], frames[:, :, 1])
-    mean, std = (torch.tensor(x)[:, None] for x in (IMAGE_MEAN, IMAGE_STD))
-    bytes_ = ((frames[:, :, 0] * std + mean) * 255).round().to(torch.uint8).flatten(1)  # (P, 588)
-    assert bytes_.float().std() > 50  # the picture is there
-    torch.testing.assert_close(normalise_patches(bytes_), expected, rtol=0, atol=2e-6)
+@pytest.mark.parametrize("shape", [(84, 112), (28, 28), (56, 140)])
+def test_pixels_become_what_qwens_processor_makes_of_the_image(shape):
+    """Several images of several sizes: cut, in merge-block order, normalised, doubled in time."""
+    rng = np.random.default_rng(0)
+    shapes = [shape, shape, (56, 28), shape, (28, 84)]
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in shapes]
+    processed = Qwen2VLImageProcessor(min_pixels=28 * 28)(images=images, return_tensors="pt")
+    grids = tuple((1, h // 14, w // 14) for h, w in shapes)
+    assert [tuple(grid) for grid in processed["image_grid_thw"].tolist()] == list(grids)
+    pixels = torch.from_numpy(np.concatenate([np.asarray(image).reshape(-1, 588) for image in images]))
+    patches = cut_patches(pixels, grids)
+    assert (patches.numpy() == np.concatenate([image_to_patches(np.asarray(image))[0] for image in images])).all()
+    torch.testing.assert_close(patches_of(pixels, grids), processed["pixel_values"], rtol=0, atol=2e-6)
 
 
 def test_float_patches_pass_through():
-    patches = torch.randn(3, 1176)
-    assert normalise_patches(patches) is patches
+    patches = torch.randn(4, 1176)
+    assert patches_of(patches, ((1, 2, 2),)) is patches
 
 
 @pytest.mark.parametrize(
-    "patches",
+    "pixels",
     [
-        torch.zeros(3, 588),
-        torch.zeros(3, 1176, dtype=torch.uint8),
+        torch.zeros(4, 588),
+        torch.zeros(4, 1176, dtype=torch.uint8),
         torch.zeros(588, dtype=torch.uint8),
-        torch.zeros(3, 7),
+        torch.zeros(4, 7),
     ],
 )
-def test_other_patches_are_an_error(patches):
+def test_other_pixels_are_an_error(pixels):
     with pytest.raises(BatchError, match="expected"):
-        normalise_patches(patches)
+        patches_of(pixels, ((1, 2, 2),))
 
 
 def test_merged_tokens():

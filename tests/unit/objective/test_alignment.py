@@ -79,9 +79,9 @@ def test_neighbours_change_losses_and_gradients_exactly_nothing(small, samples, 
     counts = [s.num_input_images for s in samples], [len(s.grids) - s.num_input_images for s in samples]
     owner = [b for kind in counts for b, n in enumerate(kind) for _ in range(n)]
     rows = torch.tensor(owner).repeat_interleave(torch.tensor([h * w for _, h, w in batch.grids]))
-    patches = torch.where((rows != row)[:, None], 255 - batch.patches, batch.patches)
+    pixels = torch.where((rows != row)[:, None], 255 - batch.pixels, batch.pixels)
     before, grads = run(objective, only(batch, row))
-    after, changed_grads = run(objective, only(dataclasses.replace(batch, input_ids=ids, patches=patches), row))
+    after, changed_grads = run(objective, only(dataclasses.replace(batch, input_ids=ids, pixels=pixels), row))
     assert torch.equal(before.loss, after.loss)
     assert torch.equal(before.align_per_sample[row], after.align_per_sample[row])
     own = batch.sample_of_token[batch.supervised_positions] == row

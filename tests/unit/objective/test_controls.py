@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from ilvr_ds.data.packing import filler_batch
 from ilvr_ds.errors import BatchError
 from ilvr_ds.model.backbone import Backbone
 from ilvr_ds.model.flops import FlopsModel
-from ilvr_ds.model.vision import normalise_patches
+from ilvr_ds.model.vision import patches_of
 from ilvr_ds.objective.build import build_objective
 from ilvr_ds.objective.pause import PauseObjective
 from ilvr_ds.objective.pooled import PooledObjective, pool_to
@@ -75,7 +76,8 @@ def plain(small, samples, forced: bool, loss: LossConfig):
         inputs = text.embed_tokens(ids).clone()
         helpers = []
         if sample.grids:
-            patches = normalise_patches(torch.from_numpy(sample.patches))
+            pixels = np.concatenate([sample.input_pixels, sample.helper_pixels])
+            patches = patches_of(torch.from_numpy(pixels), sample.grids)
             features = network.model.visual(patches, grid_thw=torch.tensor(sample.grids)).pooler_output
             images = list(features.split([h * w // 4 for _, h, w in sample.grids]))
             helpers = images[sample.num_input_images :]
@@ -133,9 +135,9 @@ def test_pooling_is_means_of_contiguous_runs(count, size, seed):
 def test_pause_reads_no_helper_image_and_pooled_does(small, samples):
     batch = small.batch(samples)
     rows = sum(t * h * w for t, h, w in batch.grids[: batch.num_input_images])
-    other = torch.cat([batch.patches[:rows], 255 - batch.patches[rows:]])
+    other = torch.cat([batch.pixels[:rows], 255 - batch.pixels[rows:]])
     for kind, differs in (("pause", False), ("pooled", True)):
-        first, second = (CONTROLS[kind](small)(b, 0).loss for b in (batch, dataclasses.replace(batch, patches=other)))
+        first, second = (CONTROLS[kind](small)(b, 0).loss for b in (batch, dataclasses.replace(batch, pixels=other)))
         assert torch.equal(first, second) != differs
 
 

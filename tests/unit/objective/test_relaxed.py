@@ -102,10 +102,10 @@ def test_helper_images_are_not_encoded(small, samples):
     terms = objective(batch, 0)
     inputs = sum(h * w for _, h, w in batch.grids[: batch.num_input_images])
     assert seen == [inputs]
-    assert inputs < batch.patches.shape[0]
-    changed = batch.patches.clone()
+    assert inputs < batch.pixels.shape[0]
+    changed = batch.pixels.clone()
     changed[inputs:] = 255 - changed[inputs:]
-    assert torch.equal(terms.loss, objective(dataclasses.replace(batch, patches=changed), 0).loss)
+    assert torch.equal(terms.loss, objective(dataclasses.replace(batch, pixels=changed), 0).loss)
 
 
 def test_checkpointing_changes_nothing(small, samples):
@@ -127,8 +127,8 @@ def test_a_batch_that_does_not_fit_is_an_error(small, samples):
     batch = small.batch(samples)
     with pytest.raises(BatchError, match=r"s0.*packed with 4 latents.*latent\.size is 3"):
         relaxed(small)(dataclasses.replace(batch, latent_size=4), 0)
-    with pytest.raises(BatchError, match=r"s0.*image patches"):
-        relaxed(small)(dataclasses.replace(batch, patches=batch.patches[:-4]), 0)
+    with pytest.raises(BatchError, match=r"s0.*rows of pixels"):
+        relaxed(small)(dataclasses.replace(batch, pixels=batch.pixels[:-4]), 0)
 
 
 # ---------------------------------------------------------------------------------------- recipes
