@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import s3fs
 
 
 class ShardServer(ThreadingHTTPServer):
@@ -110,9 +111,7 @@ def nginx(folder: Path, scratch: Path) -> Iterator[str]:
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
     if program is None:
         pytest.skip("nginx is not installed (Debian: apt-get install nginx-light)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     scratch.mkdir(parents=True)
     temporary = " ".join(
         f"{kind}_temp_path {scratch}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -126,14 +125,56 @@ def nginx(folder: Path, scratch: Path) -> Iterator[str]:
     )
     process = subprocess.Popen([program, "-e", f"{scratch}/error.log", "-c", str(scratch / "nginx.conf")])
     try:
-        deadline = time.monotonic() + 20
-        while True:
-            assert process.poll() is None, (scratch / "error.log").read_text()
-            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
-                break
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        _wait_for(port, process)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=20)
+
+
+@contextlib.contextmanager
+def s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server of the S3 protocol (moto) with the folder's files in a bucket; skips where it is not installed.
+
+    Its address and credentials for it are in the environment, as for any S3 client.
+    """
+    program = shutil.which("moto_server")
+    if program is None:
+        pytest.skip("moto_server is not on the PATH (in an environment of its own: pip install 'moto[server,s3]')")
+    port = _free_port()
+    for name, value in (
+        ("ENDPOINT_URL", f"http://127.0.0.1:{port}"),
+        ("ACCESS_KEY_ID", "nobody"),
+        ("SECRET_ACCESS_KEY", "nothing"),
+        ("DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    process = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(port, process)
+        system = s3fs.S3FileSystem(skip_instance_cache=True)
+        system.mkdir("bucket")
+        for path in folder.iterdir():
+            if path.is_file():
+                system.put(str(path), f"bucket/shards/{path.name}")
+        yield "s3://bucket/shards"
+    finally:
+        process.kill()
+        process.wait(timeout=20)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for(port: int, process: subprocess.Popen) -> None:
+    """Until somebody listens there; an AssertionError if the process ends before, or takes 20 seconds."""
+    deadline = time.monotonic() + 20
+    while True:
+        assert process.poll() is None, f"{process.args[0]} ended with {process.returncode}"
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
+            return
+        assert time.monotonic() < deadline, f"{process.args[0]} does not listen"
+        time.sleep(0.05)

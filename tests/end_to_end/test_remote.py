@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shard_servers import ShardServer, nginx, serving
+from shard_servers import ShardServer, nginx, s3, serving
 
 from data_tools.build_shards import main as build
 from data_tools.make_frozenlake import main as make_puzzles
@@ -96,6 +96,16 @@ def test_nginx(folder, tokenizer, local, tmp_path):
     lines = (tmp_path / "nginx" / "access.log").read_text().splitlines()
     ranged = [line for line in lines if ".tar" in line]
     assert ranged and all('" 206 ' in line for line in ranged)
+
+
+def test_s3(folder, tokenizer, local, tmp_path, monkeypatch):
+    with s3(folder, monkeypatch) as url:
+        shards = ShardSet.open(url, remote(tmp_path))
+        assert same(batches(shards, tokenizer, workers=1), local)
+        assert same(batches(shards, tokenizer), local)  # from the cache
+        for nowhere in (url + "-2", "s3://no-such-bucket/shards"):
+            with pytest.raises(ReadError, match=f"{nowhere}/manifest.json: no such file"):
+                ShardSet.open(nowhere, remote(tmp_path))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
