@@ -139,7 +139,7 @@ def s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     Its address and credentials for it are in the environment, as for any S3 client.
     """
     program = shutil.which("moto_server")
-    if program is None:
+    if program is None or subprocess.run([program, "--help"], capture_output=True, check=False).returncode != 0:
         pytest.skip("moto_server is not on the PATH (in an environment of its own: pip install 'moto[server,s3]')")
     port = _free_port()
     for name, value in (
