@@ -17,9 +17,39 @@ from __future__ import annotations
 
 import numpy as np
 
+from ilvr_ds.data.lengths import Lengths
+from ilvr_ds.errors import PlanError
+
 _REPACK_SAMPLES = 10  # 2**10 ways to share out a pair of bins
 _BLOCKS = 16  # sizes that `deal` tells apart where it looks at a second value
 _OVER_BITS = 40  # of the secondary aim below the overflow in one key
+
+
+def fit_step(lengths: Lengths, token_budget: int, world: int) -> tuple[np.ndarray, int]:
+    """Put one step's samples into as few bins as are found: (n_micro * world, width) slots as in `fit`, and the lower
+    bound of n_micro.
+
+    Starts at the lower bound ceil(tokens / (world * budget)) and takes one micro-step more where `fit` finds no way.
+    Every rank computes this for all ranks, and so knows how many micro-steps there are.
+
+    Raises:
+        PlanError: a sample longer than the budget.
+    """
+    tokens = lengths.tokens
+    lower_bound = max(1, -(-int(tokens.sum()) // (world * token_budget)))
+    # With one bin per sample every bin fits, so the search ends.
+    for n_micro in range(lower_bound, max(lower_bound, len(tokens)) + 1):
+        slots = fit(tokens, n_micro * world, token_budget, lengths.patches)
+        if slots is not None:
+            return slots, lower_bound
+    raise PlanError(
+        f"no bins of {token_budget} tokens for samples of up to {int(tokens.max())}; check_fits() names those too long"
+    )
+
+
+def bin_sums(values: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """(bins,) sums of the (n,) values in (bins, width) slots."""
+    return np.append(values, 0).take(slots.T).sum(axis=0)
 
 
 def fit(tokens: np.ndarray, bins: int, budget: int, second: np.ndarray | None = None) -> np.ndarray | None:
@@ -47,7 +77,7 @@ def fit(tokens: np.ndarray, bins: int, budget: int, second: np.ndarray | None = 
 def deal(values: np.ndarray, bins: int, second: np.ndarray | None = None) -> np.ndarray:
     """(bins, rounds) slots: in falling order of value, one item to every bin each round, largest to smallest bin.
 
-    Rows differ by at most one item in number; n = an empty slot.
+    Rows differ by at most one item in number; n = an empty slot. Columns lie together in memory.
 
     Args:
         second: (n,) int64, non-negative: among items and bins that are about as large, the item with most of this goes
@@ -56,30 +86,38 @@ def deal(values: np.ndarray, bins: int, second: np.ndarray | None = None) -> np.
     n = len(values)
     order = ascending(values)[::-1]
     rounds = -(-n // bins)
-    slots = np.full((bins, rounds), n, dtype=np.int64)
-    load, second_load = np.zeros(bins, dtype=np.int64), np.zeros(bins, dtype=np.int64)
+    slots = np.full((rounds, bins), n, dtype=np.int64)
+    load = np.zeros(bins, dtype=np.int64)
     block = max(1, bins // _BLOCKS)
-    most = 0 if second is None else int(second.max(initial=0))
+    if second is not None:
+        # Whole sums leave room for an item or a bin beside them in one key; as a rule no bit is dropped.
+        second = second >> max(0, int(second.sum()).bit_length() - 63 + max(n, bins).bit_length())
+        second_load = np.zeros(bins, dtype=np.int64)
+        lacking = int(second.max(initial=0)) - second
     for r in range(rounds):
         turn = order[r * bins : (r + 1) * bins]
         to = ascending(load)[: len(turn)] if r else np.arange(len(turn))
         if second is not None and r and block > 1:
-            turn = turn[_within_blocks(most - second[turn], block)]
-            to = to[_within_blocks(second_load[to], block)]
-        slots[to, r] = turn
-        load[to] += values[turn]
-        if second is not None:
-            second_load[to] += second[turn]
-    return slots
+            turn = _within_blocks(turn, lacking, block)
+            to = _within_blocks(to, second_load, block)
+        slots[r, to] = turn
+        if r + 1 < rounds:
+            load[to] += values.take(turn)
+            if second is not None:
+                second_load[to] += second.take(turn)
+    return slots.T
 
 
-def _within_blocks(values: np.ndarray, block: int) -> np.ndarray:
-    """(n,) order that sorts every `block` neighbours by themselves, ascending; the last, shorter block stays."""
-    whole = len(values) // block * block
-    order = np.arange(len(values))
-    inside = ascending(values[:whole].reshape(-1, block))
-    order[:whole] = (inside + np.arange(0, whole, block)[:, None]).ravel()
-    return order
+def _within_blocks(items: np.ndarray, values: np.ndarray, block: int) -> np.ndarray:
+    """`items` (m,) with every `block` neighbours in ascending order of `values[items]`; the last, shorter block stays.
+
+    A value and the number of an item fit into 63 bits.
+    """
+    whole = len(items) // block * block
+    head = items[:whole]
+    bits = int(items.max(initial=0)).bit_length()
+    keys = (values.take(head) << bits) | head
+    return np.concatenate([(np.sort(keys.reshape(-1, block)) & ((1 << bits) - 1)).ravel(), items[whole:]])
 
 
 def ascending(values: np.ndarray) -> np.ndarray:
@@ -87,9 +125,16 @@ def ascending(values: np.ndarray) -> np.ndarray:
     keys, which is the same everywhere and several times faster than numpy's stable one."""
     n = values.shape[-1]
     bits = max(1, (n - 1).bit_length())
-    if int(values.max(initial=0)) >> (63 - bits):
+    used = int(values.max(initial=0)).bit_length() + bits
+    if used > 63:
         return np.argsort(values, kind="stable")  # no room for the index beside such values
-    return np.sort((values << bits) | np.arange(n)) & ((1 << bits) - 1)
+    keys = values << bits
+    keys |= np.arange(n)
+    if used <= 32:  # half the memory to move
+        keys = keys.astype(np.uint32)
+    keys.sort()
+    keys &= (1 << bits) - 1
+    return keys.astype(np.int64, copy=False)
 
 
 class _Bins:

@@ -94,7 +94,9 @@ class IndexColumns:
 
     def take(self, rows: np.ndarray | slice) -> Lengths:
         """Of the samples `rows` only, in that order."""
-        return Lengths.from_index(self._bytes()[rows].view(self._index.dtype)[:, 0], self._helpers)
+        of_rows = self._bytes()
+        of_rows = of_rows[rows] if isinstance(rows, slice) else of_rows.take(rows, axis=0)
+        return Lengths.from_index(of_rows.view(self._index.dtype)[:, 0], self._helpers)
 
     def _bytes(self) -> np.ndarray:
         """(samples, bytes of a row) uint8: numpy copies structured rows field by field, which takes several times as

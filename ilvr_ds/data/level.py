@@ -1,12 +1,13 @@
 """Make bins alike in two costs at once, text and vision, without going over the token budget.
 
-Two-way number partitioning, pair by pair: the bins that stick out in either cost are paired with others, and every
-pair shares out five places of each bin, taken or empty, in the best of all 252 ways to halve them. Best: the smallest
-sum of fourth powers of the distance from the mean bin (largest deviations first, as only the dearest rank of a
-micro-step counts), where text weighs more than vision because it is most of a step.
+Two-way number partitioning, pair by pair: every bin that sticks out in either cost tries several of the others, and
+with the best of them it shares out five places of each, taken or empty, in the best of all 252 ways to halve them.
+Best: the smallest sum of fourth powers of the distance from the mean bin (largest deviations first, as only the
+dearest rank of a micro-step counts), where text weighs more than vision because it is most of a step.
 
 Numbers are integers and their halves held in float64, below 2^52 wherever they are summed, so that any order of
-summation gives the same bins on every rank and every machine.
+summation gives the same bins on every rank and every machine. What is larger is multiplied and added element by
+element only, which is rounded in the same way everywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +24,33 @@ _PLACES = 5  # of each bin of a pair that are shared out at a time
 _TO_FIRST = np.array([np.isin(np.arange(2 * _PLACES), chosen) for chosen in combinations(range(2 * _PLACES), _PLACES)])
 _SIGNS = np.where(_TO_FIRST.T, 0.5, -0.5)  # (10, 252)
 _HALF_THE_SIGNS = _SIGNS[:, : _SIGNS.shape[1] // 2].copy()  # (10, 126)
-_GOOD = np.array([1.010, 1.030])  # text, vision: dearest bin over the mean where levelling ends
+_GOOD = np.array([1.015, 1.025])  # text, vision: dearest bin over the mean where levelling ends
+_AT_A_TIME = 4  # one bin of so many is made better in a round, at most: the others are what it may choose from
+
+
+def level_group(
+    slots: np.ndarray, tokens: np.ndarray, text: np.ndarray, vision: np.ndarray, token_budget: int, rounds: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Level the bins of one group, and nothing but them: time and memory do not grow with the step.
+
+    Args:
+        slots: (bins, width) int64 rows of the step's samples; n = an empty slot.
+        tokens, text, vision: (n,) int64 of the step's samples.
+
+    Returns:
+        rows (s,) of the group's samples; bins (bins, width') of places in `rows`, s = an empty slot; and what the bins
+        cost, (3, bins) int64: in total, text, vision.
+    """
+    taken = slots < len(tokens)
+    rows = slots[taken]
+    own = np.full(slots.shape, len(rows))
+    own[taken] = np.arange(len(rows))
+    costs = np.zeros((3, len(rows) + 1), np.int64)
+    costs[1, :-1], costs[2, :-1] = text[rows], vision[rows]
+    costs[0] = costs[1] + costs[2]
+    if rounds:
+        own = level(own, in_units(tokens[rows], costs[1, :-1], costs[2, :-1], len(own)), token_budget, rounds)
+    return rows, own, costs[:, own].sum(axis=2)
 
 
 def in_units(tokens: np.ndarray, text: np.ndarray, vision: np.ndarray, bins: int) -> np.ndarray:
@@ -58,24 +85,25 @@ def level(slots: np.ndarray, values: np.ndarray, budget: int, rounds: int) -> np
     mean = np.array([[TEXT_UNIT], [VISION_UNIT]]) * (load[1:].max(axis=1, keepdims=True) > 0)
     scale = 1 / (mean * (_GOOD[:, None] - 1) + 1)
     for r in range(rounds):
-        pairs = _pairs((load[1:] - mean) * scale, r)
-        if pairs is None:
+        chosen = _choose((load[1:] - mean) * scale, r)
+        if chosen is None:
             break
         column = (np.arange(_PLACES) + r * _PLACES) % width  # bins with more places take turns
-        _share(slots, values, load, *pairs, mean, budget, column)
+        _share(slots, values, load, *chosen, mean, budget, column)
     return slots
 
 
 def _with_room(slots: np.ndarray, n: int) -> np.ndarray:
-    """A copy with samples first in every row, and empty places so that a bin can take more samples than it gives."""
+    """A copy with samples first in every row, and an empty place so that a bin can take more samples than it gives."""
     used = int((slots < n).sum(axis=1).max())
-    wider = np.full((len(slots), max(_PLACES, used + 1 + used // 4)), n)
+    wider = np.full((len(slots), max(_PLACES, used + 1)), n)
     wider[:, :used] = np.sort(slots, axis=1)[:, :used]
     return wider
 
 
-def _pairs(excess: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which bins share out in round `r`: those too dear, and as many cheap ones; None when all are alike.
+def _choose(excess: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which bins share out in round `r`: (p,) too dear ones and the (q, p) they may choose from, all different; None
+    when all are alike.
 
     Args:
         excess: (2, bins) of text and vision: 1 is as dear as is good.
@@ -86,42 +114,77 @@ def _pairs(excess: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray] | None:
     if bad == 0:
         return None
     order = np.argsort((worst, excess[1], excess[0])[r % 3], kind="stable")
-    pairs = min(bins // 2, max(bad, 4))
+    pairs = min(bad, max(1, bins // _AT_A_TIME))
     rest = bins - pairs
-    return order[rest:][::-1], order[(np.arange(pairs) + (r // 3) * pairs) % rest]
+    others = (np.arange(rest // pairs * pairs) + (r // 3) * pairs) % rest  # cheap and dear ones for each
+    return order[rest:], order[others].reshape(-1, pairs)
 
 
 def _share(
     slots: np.ndarray, values: np.ndarray, load: np.ndarray, a: np.ndarray, b: np.ndarray, mean: np.ndarray,
     budget: int, column: np.ndarray,
 ) -> None:  # fmt: skip
-    """Every pair (a[p], b[p]) shares out its places in `column` (5,) anew; changes `slots` and `load`."""
-    at_a, at_b = (a[:, None], column), (b[:, None], column)
-    items = np.concatenate([slots[at_a], slots[at_b]], axis=1)  # (p, 10)
+    """Every bin a[i] and one of b[:, i] share out their places in `column` (5,) anew; changes `slots` and `load`.
+
+    Rows of `slots` stay sorted: samples first.
+    """
+    tries, pairs = b.shape
+    tried = np.empty((tries, pairs, 2), np.int64)
+    tried[:, :, 0], tried[:, :, 1] = a, b
+    tried = tried.reshape(-1, 2)  # (p, 2) bins
+    items = slots[tried[:, :, None], column].reshape(-1, 2 * _PLACES)  # (p, 10)
     item_values = values[:, items]  # (3, p, 10)
-    load_a, load_b = load[:, a], load[:, b]  # (3, p)
-    middle = (load_a + load_b) / 2
+    tried_load = load[:, tried]  # (3, p, 2)
+    middle = (tried_load[:, :, 0] + tried_load[:, :, 1]) / 2  # (3, p)
     # A way to share out puts the bins at middle + half and middle - half.
-    if slots.shape[1] == _PLACES:  # nothing stays, so one half of the ways mirrors the other
-        half = item_values @ _HALF_THE_SIGNS  # (3, p, 126)
-    else:
-        half = item_values @ _SIGNS  # (3, p, 252)
-        half += ((load_a - load_b) / 2 - item_values @ _SIGNS[:, 0])[:, :, None]
+    half = _halves(item_values[1:], tried_load[1:], slots.shape[1])  # (2, p, ways)
     # With m = middle - mean the squared distances of the two are s + d and s - d, where s = |half|^2 + |m|^2 and
     # d = 2 m half; and (s + d)^2 + (s - d)^2 = 2 (s^2 + d^2).
-    text, vision = half[1], half[2]
     m = middle[1:] - mean  # (2, p)
-    key = text * text
-    key += vision * vision
-    key += (m * m).sum(axis=0)[:, None]
+    text, vision = half
+    twice = 2 * m[:, :, None]
+    d = text * twice[0]
+    d += vision * twice[1]
+    half *= half
+    key = np.add(text, vision, out=text)
+    key += (m[0] * m[0] + m[1] * m[1])[:, None]
     key *= key
-    d = text * (2 * m[0])[:, None]
-    d += vision * (2 * m[1])[:, None]
     d *= d
     key += d
-    np.copyto(key, np.inf, where=np.abs(half[0]) > (budget - middle[0])[:, None])
-    best = key.argmin(axis=1)
-    to_a = _TO_FIRST[best]  # (p, 10)
-    slots[at_a], slots[at_b] = items[to_a].reshape(-1, _PLACES), items[~to_a].reshape(-1, _PLACES)
-    moved = half[:, np.arange(len(a)), best]
-    load[:, a], load[:, b] = middle + moved, middle - moved
+    for limited in (False, True):
+        if limited:  # seldom needed: bins alike in text are nearly alike in tokens
+            tokens = _halves(item_values[:1], tried_load[:1], slots.shape[1])[0]
+            np.copyto(key, np.inf, where=np.abs(tokens) > (budget - middle[0])[:, None])
+        way = key.argmin(axis=1)  # (p,)
+        gain = key[:, 0] - key[np.arange(len(key)), way]
+        best = gain.reshape(tries, pairs).argmax(axis=0) * pairs + np.arange(pairs)  # (pairs,) of the tries
+        to_a = _TO_FIRST[way[best]]  # (pairs, 10)
+        shared = items[best]
+        shared = np.stack([shared[to_a], shared[~to_a]]).reshape(2, pairs, _PLACES)
+        gained = values[:, shared[0]].sum(axis=2) - item_values[:, best, :_PLACES].sum(axis=2)  # (3, pairs) by a
+        loads = tried_load[:, best]  # (3, pairs, 2)
+        loads[:, :, 0] += gained
+        loads[:, :, 1] -= gained
+        if loads[0].max() <= budget:
+            break
+    changed = tried[best]  # (pairs, 2)
+    rows = slots[changed]  # (pairs, 2, width)
+    rows[:, :, column] = shared.swapaxes(0, 1)
+    rows.sort(axis=2)
+    slots[changed] = rows
+    load[:, changed] = loads
+
+
+def _halves(item_values: np.ndarray, loads: np.ndarray, width: int) -> np.ndarray:
+    """(k, p, ways): half of what the first bin of a pair has more than the second, for every way to share out.
+
+    Args:
+        item_values: (k, p, 10) of the places that are shared out.
+        loads: (k, p, 2) of the bins.
+        width: places of a bin.
+    """
+    if width == _PLACES:  # nothing stays, so one half of the ways mirrors the other
+        return item_values @ _HALF_THE_SIGNS
+    half = item_values @ _SIGNS
+    half += ((loads[:, :, 0] - loads[:, :, 1]) / 2 - half[:, :, 0])[:, :, None]
+    return half

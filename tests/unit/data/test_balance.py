@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilvr_ds.data.balance import ascending, deal, fit
+from ilvr_ds.data.balance import ascending, bin_sums, deal, fit, fit_step
+from ilvr_ds.data.lengths import Lengths
+from ilvr_ds.errors import PlanError
 
 
 def check(slots: np.ndarray | None, tokens: np.ndarray, count: int, budget: int) -> None:
@@ -86,3 +88,36 @@ def test_order_is_the_stable_one(values):
     assert ascending(array).tolist() == np.argsort(array, kind="stable").tolist()
     small = array % 5  # with ties
     assert ascending(small).tolist() == np.argsort(small, kind="stable").tolist()
+
+
+@settings(deadline=None, max_examples=50)
+@given(top=st.integers(20, 40), n=st.integers(1, 300))
+def test_order_is_the_stable_one_with_short_and_long_keys(top, n):
+    """Value and index share a key of 32 bits or of 64: on both sides of the line, and in rows as in one line."""
+    values = np.random.default_rng(n).integers(0, 2**top, (3, n)) | (1 << (top - 1))
+    values[:, ::2] = values[0, 0]
+    assert np.array_equal(ascending(values), np.argsort(values, axis=-1, kind="stable"))
+    assert ascending(values).dtype == np.int64
+
+
+@pytest.mark.parametrize("top", [10, 2**20, 2**46])
+def test_dealing_levels_a_second_value_of_any_size(top):
+    """Values too large for a key beside their item's number lose their lowest bits, not their order."""
+    rng = np.random.default_rng(1)
+    values, second = np.full(4096, 7), rng.integers(0, top, 4096)
+    second[0] = 512 * top
+    slots = deal(values, 512, second)
+    assert sorted(slots.ravel().tolist()) == list(range(4096))
+    spread = [np.sort(bin_sums(second, s))[:-1].std() for s in (slots, deal(values, 512))]  # but for that one
+    assert spread[0] < 0.3 * spread[1]
+
+
+def test_bins_of_a_step_and_what_they_sum_to():
+    tokens = np.array([5, 4, 3, 3, 2, 1])
+    lengths = Lengths(tokens, 4 * tokens, tokens, tokens)
+    slots, lower_bound = fit_step(lengths, 6, 2)
+    assert lower_bound == 2 and len(slots) == 4  # 18 tokens in two micro-steps of two bins
+    check(slots, tokens, 4, 6)
+    assert bin_sums(tokens, slots).tolist() == np.append(tokens, 0)[slots].sum(axis=1).tolist()
+    with pytest.raises(PlanError, match="up to 7"):
+        fit_step(Lengths(*np.array([[7]] * 4)), 6, 1)
