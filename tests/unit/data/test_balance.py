@@ -105,11 +105,13 @@ def test_dealing_levels_a_second_value_of_any_size(top):
     """Values too large for a key beside their item's number lose their lowest bits, not their order."""
     rng = np.random.default_rng(1)
     values, second = np.full(4096, 7), rng.integers(0, top, 4096)
-    second[0] = 512 * top
+    second[0] = 545 * top - top // 2
     slots = deal(values, 512, second)
     assert sorted(slots.ravel().tolist()) == list(range(4096))
     spread = [np.sort(bin_sums(second, s))[:-1].std() for s in (slots, deal(values, 512))]  # but for that one
     assert spread[0] < 0.3 * spread[1]
+    if top > 2**20:
+        assert np.array_equal(slots, deal(values, 512, second >> 8))
 
 
 def test_bins_of_a_step_and_what_they_sum_to():
