@@ -5,7 +5,7 @@ and the table is folded in half until one row is left. In each fold a row is joi
 one with the cheapest of the other, so what sets two sums apart shrinks from fold to fold. The groups end up within
 0.1 % of each other in text and 0.5 % in vision.
 
-Everything is integer arithmetic on distinct keys, so every rank finds the same groups.
+Everything is integer arithmetic and stable sorts, so every rank finds the same groups.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ilvr_ds.data.balance import ascending
+from ilvr_ds.data.balance import ascending, first_bits
 
 _GROUP_BINS = 32  # bins levelled together, at least, where there are more
 
@@ -39,21 +39,35 @@ def alike(text: np.ndarray, vision: np.ndarray, groups: int, asked: Sequence[int
     if groups == 1:
         return np.arange(len(text))[None]
     # A row holds bins alike in vision, so rows are joined by text until two are left.
-    bins = ascending(vision)[::-1].reshape(-1, groups)
+    bins = ascending(first_bits(vision, 16))[::-1].reshape(-1, groups)
     costs = np.stack([text.take(bins), vision.take(bins)])  # (2, rows, groups)
-    partners = []  # of every fold: (pairs, groups), the column of the opposite row that goes to a column
+    partners = []  # of every fold: (pairs, groups), where in the table the bin lies that comes to a column
     while (rows := costs.shape[1]) > 1:
         half = rows // 2
-        order = ascending(costs[0] if rows > 2 else costs[1])
-        opposite = slice(rows - 1, rows - 1 - half, -1)
-        partner, row = np.empty((half, groups), np.int64), np.arange(half)[:, None]
-        partner[row, order[:half]] = order[opposite, ::-1]
+        order = _ascending_rows(costs[0] if rows > 2 else costs[1])
+        partner = np.empty(half * groups, np.int64)
+        partner[order[:half].ravel()] = order[: rows - half - 1 : -1, ::-1].ravel()
+        partner = partner.reshape(half, groups)
         partners.append(partner)
-        joined = costs[:, opposite][:, row, partner]
+        joined = costs.reshape(2, -1).take(partner, axis=1)
         joined += costs[:, :half]
         costs = joined if rows % 2 == 0 else np.concatenate([joined, costs[:, half : half + 1]], axis=1)
     columns = np.array(asked)[None]  # of the groups in the last row, then in ever more rows
     for partner in reversed(partners):
-        opposite = partner[np.arange(len(partner))[:, None], columns[: len(partner)]]
+        opposite = partner[np.arange(len(partner))[:, None], columns[: len(partner)]] % groups
         columns = np.concatenate([columns, opposite[::-1]])
     return bins[np.arange(len(bins))[:, None], columns].T
+
+
+def _ascending_rows(values: np.ndarray) -> np.ndarray:
+    """(rows, n) order of each row of integers, as indices into the flattened array; of equal ones the first first.
+
+    One sort for all rows, by 16 bits in which the row comes first, where that leaves 10 bits or more of the values.
+    """
+    rows, n = values.shape
+    bits = 16 - (rows - 1).bit_length()
+    if bits < 10:
+        return ascending(first_bits(values, 16)) + np.arange(0, rows * n, n)[:, None]
+    keys = first_bits(values, bits)
+    keys |= (np.arange(rows) << bits).astype(np.uint16)[:, None]
+    return keys.ravel().argsort(kind="stable").reshape(rows, n)

@@ -19,12 +19,16 @@ import numpy as np
 VISION_UNIT = 4096  # the mean bin's cost
 TEXT_UNIT = 5017  # 1.5 times the weight of vision in a squared distance; measured, see benchmarks/plan.py
 _PLACES = 5  # of each bin of a pair that are shared out at a time
+_COLUMNS = np.arange(_PLACES)
 # (252, 10) which places' contents go to the first bin. The first way leaves all as it is; the second half of the ways
 # is the first one with the bins swapped.
 _TO_FIRST = np.array([np.isin(np.arange(2 * _PLACES), chosen) for chosen in combinations(range(2 * _PLACES), _PLACES)])
+_PLACED = np.argsort(~_TO_FIRST, axis=1, kind="stable")  # (252, 10) the five places of the first bin, then the others
 _SIGNS = np.where(_TO_FIRST.T, 0.5, -0.5)  # (10, 252)
 _HALF_THE_SIGNS = _SIGNS[:, : _SIGNS.shape[1] // 2].copy()  # (10, 126)
-_GOOD = np.array([1.015, 1.025])  # text, vision: dearest bin over the mean where levelling ends
+# Dearest bin over the mean, of text and vision, where levelling ends: in the first `_FEW` rounds, and after them.
+_BEST, _GOOD = np.array([[1.005], [1.010]]), np.array([[1.015], [1.025]])
+_FEW = 6
 _AT_A_TIME = 4  # one bin of so many is made better in a round, at most: the others are what it may choose from
 
 
@@ -83,12 +87,12 @@ def level(slots: np.ndarray, values: np.ndarray, budget: int, rounds: int) -> np
     width = slots.shape[1]
     load = values[:, slots].sum(axis=2)  # (3, bins)
     mean = np.array([[TEXT_UNIT], [VISION_UNIT]]) * (load[1:].max(axis=1, keepdims=True) > 0)
-    scale = 1 / (mean * (_GOOD[:, None] - 1) + 1)
+    scales = [1 / (mean * (end - 1) + 1) for end in (_BEST, _GOOD)]
     for r in range(rounds):
-        chosen = _choose((load[1:] - mean) * scale, r)
+        chosen = _choose((load[1:] - mean) * scales[r >= _FEW], r)
         if chosen is None:
             break
-        column = (np.arange(_PLACES) + r * _PLACES) % width  # bins with more places take turns
+        column = (_COLUMNS + r * _PLACES) % width  # bins with more places take turns
         _share(slots, values, load, *chosen, mean, budget, column)
     return slots
 
@@ -155,13 +159,11 @@ def _share(
         if limited:  # seldom needed: bins alike in text are nearly alike in tokens
             tokens = _halves(item_values[:1], tried_load[:1], slots.shape[1])[0]
             np.copyto(key, np.inf, where=np.abs(tokens) > (budget - middle[0])[:, None])
-        way = key.argmin(axis=1)  # (p,)
-        gain = key[:, 0] - key[np.arange(len(key)), way]
+        gain = key[:, 0] - key.min(axis=1)  # (p,)
         best = gain.reshape(tries, pairs).argmax(axis=0) * pairs + np.arange(pairs)  # (pairs,) of the tries
-        to_a = _TO_FIRST[way[best]]  # (pairs, 10)
-        shared = items[best]
-        shared = np.stack([shared[to_a], shared[~to_a]]).reshape(2, pairs, _PLACES)
-        gained = values[:, shared[0]].sum(axis=2) - item_values[:, best, :_PLACES].sum(axis=2)  # (3, pairs) by a
+        way = key[best].argmin(axis=1)
+        shared = items[best[:, None], _PLACED[way]].reshape(pairs, 2, _PLACES)
+        gained = values[:, shared[:, 0]].sum(axis=2) - item_values[:, best, :_PLACES].sum(axis=2)  # (3, pairs) by a
         loads = tried_load[:, best]  # (3, pairs, 2)
         loads[:, :, 0] += gained
         loads[:, :, 1] -= gained
@@ -169,7 +171,7 @@ def _share(
             break
     changed = tried[best]  # (pairs, 2)
     rows = slots[changed]  # (pairs, 2, width)
-    rows[:, :, column] = shared.swapaxes(0, 1)
+    rows[:, :, column] = shared
     rows.sort(axis=2)
     slots[changed] = rows
     load[:, changed] = loads

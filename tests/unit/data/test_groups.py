@@ -18,7 +18,7 @@ def test_every_bin_is_in_one_group_and_a_group_is_found_alone(rows, groups, top,
     assert np.array_equal(alike(text // rows, vision // rows, groups, asked), whole[asked])
 
 
-@pytest.mark.parametrize("rows", [32, 33, 40])
+@pytest.mark.parametrize("rows", [32, 33, 40, 130])
 def test_groups_are_alike_in_both_costs_even_where_they_are_opposed(rows):
     rng = np.random.default_rng(rows)
     text = rng.integers(5 * 10**6, 7 * 10**6, rows * 128)
