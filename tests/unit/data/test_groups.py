@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilvr_ds.data.groups import alike
+from ilvr_ds.data.groups import _ascending_rows, alike
 
 
 @settings(deadline=None, max_examples=80)
@@ -29,7 +29,16 @@ def test_groups_are_alike_in_both_costs_even_where_they_are_opposed(rows):
             assert sums.max() <= most * sums.mean() and sums.min() >= (2 - most) * sums.mean()
 
 
-def test_two_rows_are_joined_the_dearest_with_the_cheapest():
+def test_two_rows_are_joined_the_dearest_in_vision_with_the_cheapest():
     vision = np.array([1, 2, 3, 10, 20, 30])
-    groups = alike(np.zeros(6, np.int64), vision, 3, range(3))
+    groups = alike(np.array([1, 7, 4, 2, 9, 3]), vision, 3, range(3))
     assert sorted(vision[groups].sum(axis=1).tolist()) == [13, 22, 31]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 65, 300])
+def test_rows_are_sorted_by_themselves(rows):
+    """In one sort while 16 bits hold the row and 10 bits of the values, and row by row beyond."""
+    values = np.random.default_rng(rows).integers(0, 1000, (rows, 40))
+    order = _ascending_rows(values)
+    assert np.array_equal(order % 40, values.argsort(axis=1, kind="stable"))
+    assert np.array_equal(order // 40, np.repeat(np.arange(rows)[:, None], 40, axis=1))
