@@ -87,13 +87,15 @@ def level(slots: np.ndarray, values: np.ndarray, budget: int, rounds: int) -> np
     width = slots.shape[1]
     load = values[:, slots].sum(axis=2)  # (3, bins)
     mean = np.array([[TEXT_UNIT], [VISION_UNIT]]) * (load[1:].max(axis=1, keepdims=True) > 0)
+    target = np.concatenate([[[budget]], mean])
+    beyond = load - target  # (3, bins): tokens over the budget, costs over the mean
     scales = [1 / (mean * (end - 1) + 1) for end in (_BEST, _GOOD)]
     for r in range(rounds):
-        chosen = _choose((load[1:] - mean) * scales[r >= _FEW], r)
+        chosen = _choose(beyond[1:] * scales[r >= _FEW], r)
         if chosen is None:
             break
         column = (_COLUMNS + r * _PLACES) % width  # bins with more places take turns
-        _share(slots, values, load, *chosen, mean, budget, column)
+        _share(slots, values, beyond, *chosen, target, column)
     return slots
 
 
@@ -125,12 +127,12 @@ def _choose(excess: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _share(
-    slots: np.ndarray, values: np.ndarray, load: np.ndarray, a: np.ndarray, b: np.ndarray, mean: np.ndarray,
-    budget: int, column: np.ndarray,
+    slots: np.ndarray, values: np.ndarray, beyond: np.ndarray, a: np.ndarray, b: np.ndarray, target: np.ndarray,
+    column: np.ndarray,
 ) -> None:  # fmt: skip
-    """Every bin a[i] and one of b[:, i] share out their places in `column` (5,) anew; changes `slots` and `load`.
+    """Every bin a[i] and one of b[:, i] share out their places in `column` (5,) anew; changes `slots` and `beyond`.
 
-    Rows of `slots` stay sorted: samples first.
+    Rows of `slots` stay sorted: samples first. `beyond` is (3, bins), what bins have more than `target` (3, 1).
     """
     tries, pairs = b.shape
     tried = np.empty((tries, pairs, 2), np.int64)
@@ -138,55 +140,51 @@ def _share(
     tried = tried.reshape(-1, 2)  # (p, 2) bins
     items = slots[tried[:, :, None], column].reshape(-1, 2 * _PLACES)  # (p, 10)
     item_values = values[:, items]  # (3, p, 10)
-    tried_load = load[:, tried]  # (3, p, 2)
-    middle = (tried_load[:, :, 0] + tried_load[:, :, 1]) / 2  # (3, p)
+    both = beyond[:, tried]  # (3, p, 2)
+    middle = (both[:, :, 0] + both[:, :, 1]) / 2  # (3, p)
     # A way to share out puts the bins at middle + half and middle - half.
-    half = _halves(item_values[1:], tried_load[1:], slots.shape[1])  # (2, p, ways)
-    # With m = middle - mean the squared distances of the two are s + d and s - d, where s = |half|^2 + |m|^2 and
-    # d = 2 m half; and (s + d)^2 + (s - d)^2 = 2 (s^2 + d^2).
-    m = middle[1:] - mean  # (2, p)
+    half = _halves(item_values[1:], both[1:], slots.shape[1])  # (2, p, ways)
+    # The squared distances of the two are s + d and s - d, where s = |half|^2 + |middle|^2 and d = 2 middle half; and
+    # (s + d)^2 + (s - d)^2 = 2 (s^2 + d^2).
     text, vision = half
-    twice = 2 * m[:, :, None]
+    twice = 2 * middle[1:, :, None]
     d = text * twice[0]
     d += vision * twice[1]
     half *= half
     key = np.add(text, vision, out=text)
-    key += (m[0] * m[0] + m[1] * m[1])[:, None]
+    squares = middle[1:] * middle[1:]
+    key += (squares[0] + squares[1])[:, None]
     key *= key
     d *= d
     key += d
     for limited in (False, True):
         if limited:  # seldom needed: bins alike in text are nearly alike in tokens
-            tokens = _halves(item_values[:1], tried_load[:1], slots.shape[1])[0]
-            np.copyto(key, np.inf, where=np.abs(tokens) > (budget - middle[0])[:, None])
+            tokens = _halves(item_values[:1], both[:1], slots.shape[1])[0]
+            np.copyto(key, np.inf, where=np.abs(tokens) > -middle[0][:, None])
         gain = key[:, 0] - key.min(axis=1)  # (p,)
         best = gain.reshape(tries, pairs).argmax(axis=0) * pairs + np.arange(pairs)  # (pairs,) of the tries
         way = key[best].argmin(axis=1)
-        shared = items[best[:, None], _PLACED[way]].reshape(pairs, 2, _PLACES)
-        gained = values[:, shared[:, 0]].sum(axis=2) - item_values[:, best, :_PLACES].sum(axis=2)  # (3, pairs) by a
-        loads = tried_load[:, best]  # (3, pairs, 2)
-        loads[:, :, 0] += gained
-        loads[:, :, 1] -= gained
-        if loads[0].max() <= budget:
+        changed = tried[best]  # (pairs, 2)
+        rows = slots[changed]  # (pairs, 2, width)
+        rows[:, :, column] = items[best[:, None], _PLACED[way]].reshape(pairs, 2, _PLACES)
+        now = values[:, rows].sum(axis=3) - target[:, :, None]  # (3, pairs, 2)
+        if now[0].max() <= 0:
             break
-    changed = tried[best]  # (pairs, 2)
-    rows = slots[changed]  # (pairs, 2, width)
-    rows[:, :, column] = shared
     rows.sort(axis=2)
     slots[changed] = rows
-    load[:, changed] = loads
+    beyond[:, changed] = now
 
 
-def _halves(item_values: np.ndarray, loads: np.ndarray, width: int) -> np.ndarray:
+def _halves(item_values: np.ndarray, both: np.ndarray, width: int) -> np.ndarray:
     """(k, p, ways): half of what the first bin of a pair has more than the second, for every way to share out.
 
     Args:
         item_values: (k, p, 10) of the places that are shared out.
-        loads: (k, p, 2) of the bins.
+        both: (k, p, 2) what the bins have, or how far that is beyond a target.
         width: places of a bin.
     """
     if width == _PLACES:  # nothing stays, so one half of the ways mirrors the other
         return item_values @ _HALF_THE_SIGNS
     half = item_values @ _SIGNS
-    half += ((loads[:, :, 0] - loads[:, :, 1]) / 2 - half[:, :, 0])[:, :, None]
+    half += ((both[:, :, 0] - both[:, :, 1]) / 2 - half[:, :, 0])[:, :, None]
     return half
