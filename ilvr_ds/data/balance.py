@@ -69,7 +69,7 @@ def fit(tokens: np.ndarray, bins: int, budget: int, second: np.ndarray | None = 
     if len(tokens) == 0:
         return np.zeros((bins, 1), np.int64)
     slots = deal(tokens, bins, second)
-    if int(np.append(tokens, 0)[slots].sum(axis=1).max()) <= budget:  # nearly always, where there is room
+    if int(bin_sums(tokens, slots).max()) <= budget:  # nearly always, where there is room
         return slots
     state = _Bins(tokens, slots, budget)
     return state.slots if _fit(state) else None
