@@ -12,6 +12,7 @@ element only, which is rounded in the same way everywhere.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -91,11 +92,11 @@ def level(slots: np.ndarray, values: np.ndarray, budget: int, rounds: int) -> np
     beyond = load - target  # (3, bins): tokens over the budget, costs over the mean
     scales = [1 / (mean * (end - 1) + 1) for end in (_BEST, _GOOD)]
     for r in range(rounds):
-        chosen = _choose(beyond[1:] * scales[r >= _FEW], r)
-        if chosen is None:
+        tries = _tries(beyond[1:] * scales[r >= _FEW], r)
+        if tries is None:
             break
         column = (_COLUMNS + r * _PLACES) % width  # bins with more places take turns
-        _share(slots, values, beyond, *chosen, target, column)
+        _share(slots, values, beyond, target, tries, column)
     return slots
 
 
@@ -107,9 +108,9 @@ def _with_room(slots: np.ndarray, n: int) -> np.ndarray:
     return wider
 
 
-def _choose(excess: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which bins share out in round `r`: (p,) too dear ones and the (q, p) they may choose from, all different; None
-    when all are alike.
+def _tries(excess: np.ndarray, r: int) -> np.ndarray | None:
+    """(q, p, 2) pairs of bins that may share out in round `r`: p too dear ones, in each row the same, with different
+    others of which one will do. None when all bins are alike.
 
     Args:
         excess: (2, bins) of text and vision: 1 is as dear as is good.
@@ -121,53 +122,57 @@ def _choose(excess: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     order = np.argsort((worst, excess[1], excess[0])[r % 3], kind="stable")
     pairs = min(bad, max(1, bins // _AT_A_TIME))
+    return order[_ranks(bins, pairs, r // 3 * pairs % (bins - pairs))]
+
+
+@lru_cache(maxsize=256)
+def _ranks(bins: int, pairs: int, shift: int) -> np.ndarray:
+    """(q, pairs, 2) ranks among `bins` bins, cheapest first: the last ones, and for each q of the others."""
     rest = bins - pairs
-    others = (np.arange(rest // pairs * pairs) + (r // 3) * pairs) % rest  # cheap and dear ones for each
-    return order[rest:], order[others].reshape(-1, pairs)
+    ranks = np.empty((rest // pairs, pairs, 2), np.int64)
+    ranks[:, :, 0] = np.arange(rest, bins)
+    ranks[:, :, 1] = (np.arange(rest // pairs * pairs).reshape(-1, pairs) + shift) % rest  # cheap and dear ones
+    ranks.flags.writeable = False
+    return ranks
 
 
 def _share(
-    slots: np.ndarray, values: np.ndarray, beyond: np.ndarray, a: np.ndarray, b: np.ndarray, target: np.ndarray,
-    column: np.ndarray,
-) -> None:  # fmt: skip
-    """Every bin a[i] and one of b[:, i] share out their places in `column` (5,) anew; changes `slots` and `beyond`.
+    slots: np.ndarray, values: np.ndarray, beyond: np.ndarray, target: np.ndarray, tries: np.ndarray, column: np.ndarray
+) -> None:
+    """One pair of bins of every column of `tries` (q, p, 2) shares out its places in `column` (5,) anew; changes
+    `slots` and `beyond`.
 
     Rows of `slots` stay sorted: samples first. `beyond` is (3, bins), what bins have more than `target` (3, 1).
     """
-    tries, pairs = b.shape
-    tried = np.empty((tries, pairs, 2), np.int64)
-    tried[:, :, 0], tried[:, :, 1] = a, b
-    tried = tried.reshape(-1, 2)  # (p, 2) bins
-    items = slots[tried[:, :, None], column].reshape(-1, 2 * _PLACES)  # (p, 10)
-    item_values = values[:, items]  # (3, p, 10)
-    both = beyond[:, tried]  # (3, p, 2)
-    middle = (both[:, :, 0] + both[:, :, 1]) / 2  # (3, p)
-    # A way to share out puts the bins at middle + half and middle - half.
-    half = _halves(item_values[1:], both[1:], slots.shape[1])  # (2, p, ways)
-    # The squared distances of the two are s + d and s - d, where s = |half|^2 + |middle|^2 and d = 2 middle half; and
-    # (s + d)^2 + (s - d)^2 = 2 (s^2 + d^2).
+    q, p, _ = tries.shape
+    tried = tries.reshape(-1, 2)  # (q p, 2) bins
+    items = slots[tried[:, :, None], column].reshape(-1, 2 * _PLACES)  # (q p, 10)
+    both = beyond[:, tried]  # (3, q p, 2)
+    double = both[:, :, 0] + both[:, :, 1]  # (3, q p)
+    # A way to share out puts the bins at double / 2 + half and double / 2 - half.
+    half = _halves(values[1:, items], both[1:], slots.shape[1])  # (2, q p, ways)
+    # The squared distances of the two are s + d and s - d, where s = |half|^2 + |double|^2 / 4 and d = double half;
+    # and (s + d)^2 + (s - d)^2 = 2 (s^2 + d^2).
     text, vision = half
-    twice = 2 * middle[1:, :, None]
-    d = text * twice[0]
-    d += vision * twice[1]
+    d = text * double[1][:, None]
+    d += vision * double[2][:, None]
     half *= half
     key = np.add(text, vision, out=text)
-    squares = middle[1:] * middle[1:]
-    key += (squares[0] + squares[1])[:, None]
+    key += ((double[1] * double[1] + double[2] * double[2]) / 4)[:, None]
     key *= key
     d *= d
     key += d
     for limited in (False, True):
         if limited:  # seldom needed: bins alike in text are nearly alike in tokens
-            tokens = _halves(item_values[:1], both[:1], slots.shape[1])[0]
-            np.copyto(key, np.inf, where=np.abs(tokens) > -middle[0][:, None])
-        gain = key[:, 0] - key.min(axis=1)  # (p,)
-        best = gain.reshape(tries, pairs).argmax(axis=0) * pairs + np.arange(pairs)  # (pairs,) of the tries
+            tokens = _halves(values[:1, items], both[:1], slots.shape[1])[0]
+            np.copyto(key, np.inf, where=2 * np.abs(tokens) > -double[0][:, None])
+        gain = key[:, 0] - key.min(axis=1)  # (q p,)
+        best = gain.reshape(q, p).argmax(axis=0) * p + np.arange(p)  # (p,) of the tries
         way = key[best].argmin(axis=1)
-        changed = tried[best]  # (pairs, 2)
-        rows = slots[changed]  # (pairs, 2, width)
-        rows[:, :, column] = items[best[:, None], _PLACED[way]].reshape(pairs, 2, _PLACES)
-        now = values[:, rows].sum(axis=3) - target[:, :, None]  # (3, pairs, 2)
+        changed = tried[best]  # (p, 2)
+        rows = slots[changed]  # (p, 2, width)
+        rows[:, :, column] = items[best[:, None], _PLACED[way]].reshape(p, 2, _PLACES)
+        now = values[:, rows].sum(axis=3) - target[:, :, None]  # (3, p, 2)
         if now[0].max() <= 0:
             break
     rows.sort(axis=2)
@@ -176,11 +181,11 @@ def _share(
 
 
 def _halves(item_values: np.ndarray, both: np.ndarray, width: int) -> np.ndarray:
-    """(k, p, ways): half of what the first bin of a pair has more than the second, for every way to share out.
+    """(k, pairs, ways): half of what the first bin of a pair has more than the second, for every way to share out.
 
     Args:
-        item_values: (k, p, 10) of the places that are shared out.
-        both: (k, p, 2) what the bins have, or how far that is beyond a target.
+        item_values: (k, pairs, 10) of the places that are shared out.
+        both: (k, pairs, 2) what the bins have, or how far that is beyond a target.
         width: places of a bin.
     """
     if width == _PLACES:  # nothing stays, so one half of the ways mirrors the other
