@@ -88,23 +88,24 @@ def deal(values: np.ndarray, bins: int, second: np.ndarray | None = None) -> np.
     order = ascending(values)[::-1]
     rounds = -(-n // bins)
     slots = np.full((rounds, bins), n, dtype=np.int64)
-    load = np.zeros(bins, dtype=np.int64)
     block = max(1, bins // _BLOCKS)
     if second is not None:
-        second_load = np.zeros(bins, dtype=np.int64)
         lacking = first_bits(int(second.max(initial=0)) - second, _SECOND_BITS)
         blocks = (np.arange(bins) // block << _SECOND_BITS).astype(np.uint16)
     for r in range(rounds):
         turn = order[r * bins : (r + 1) * bins]
-        to = ascending(load)[: len(turn)] if r else np.arange(len(turn))
-        if second is not None and r and block > 1:
-            turn = _within_blocks(turn, lacking, blocks)
-            to = _within_blocks(to, first_bits(second_load, _SECOND_BITS), blocks)
-        slots[r, to] = turn
-        if r + 1 < rounds:
-            load[to] += values.take(turn)
+        if r == 0:
+            to = np.arange(len(turn))  # the bins, in an order that each round changes
+            load, second_load = values.take(turn), None if second is None else second.take(turn)
+        else:
+            at = ascending(load)[: len(turn)]
+            if second is not None and block > 1:
+                turn = _within_blocks(turn, lacking, blocks)
+                at = _within_blocks(at, first_bits(second_load, _SECOND_BITS), blocks)
+            to, load = to.take(at), load.take(at) + values.take(turn)
             if second is not None:
-                second_load[to] += second.take(turn)
+                second_load = second_load.take(at) + second.take(turn)
+        slots[r][to] = turn
     return slots.T
 
 
