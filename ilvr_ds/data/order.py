@@ -78,9 +78,12 @@ class SourceOrder:
         key = (epoch, window)
         if key not in self._kept:
             pieces = self.slices(epoch, window)
-            rows = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
+            counts = np.array([piece.stop - piece.start for piece in pieces])
+            ahead = np.array([piece.start for piece in pieces]) - (np.cumsum(counts) - counts)  # of a row's place
+            rows = np.repeat(ahead, counts)
+            rows += np.arange(len(rows))
             places = self._random(epoch, window + 1).permutation(len(rows))
-            self._kept[key] = rows[places], places, self.lengths.slices(pieces)
+            self._kept[key] = rows.take(places), places, self.lengths.slices(pieces)
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)

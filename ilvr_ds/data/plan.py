@@ -15,7 +15,7 @@ Parts: `order` (which sample comes when), `blend` (how many of each source), `ba
 `groups` (bins of a few ranks each, alike in cost), `level` (bins of a group alike in cost).
 
 Every rank puts all samples into bins, so all know the number of micro-steps; then the ranks are cut into small groups,
-alike in text and vision, and a rank levels its own only: milliseconds for 16,384 samples, and no message.
+alike in text and vision, and a rank levels its own only: two milliseconds for 16,384 samples, and no message.
 """
 
 from __future__ import annotations
