@@ -9,7 +9,7 @@ This is bin packing with a given number of bins. Three parts, each over whole ar
 3. Where exchanges cannot make a nearly full step fit, pairs of bins share out all their samples anew
    (`_Bins.repack`), which gathers the free room in few bins.
 
-`ilvr_ds.data.level` makes the bins alike in cost afterwards. Everything is integer arithmetic on distinct keys, so
+`ilvr_ds.data.level` makes the bins alike in cost afterwards. Everything is integer arithmetic and stable sorts, so
 every rank and every machine finds the same bins.
 """
 
@@ -17,9 +17,40 @@ from __future__ import annotations
 
 import numpy as np
 
+from ilvr_ds.data.lengths import Lengths
+from ilvr_ds.errors import PlanError
+
 _REPACK_SAMPLES = 10  # 2**10 ways to share out a pair of bins
-_BLOCKS = 16  # sizes that `deal` tells apart where it looks at a second value
+_BLOCKS = 16  # sizes, 31 at most, that `deal` tells apart where it looks at a second value
+_SECOND_BITS = 11  # of the second value that count: with the block, 16
 _OVER_BITS = 40  # of the secondary aim below the overflow in one key
+
+
+def fit_step(lengths: Lengths, token_budget: int, world: int) -> tuple[np.ndarray, int]:
+    """Put one step's samples into as few bins as are found: (n_micro * world, width) slots as in `fit`, and the lower
+    bound of n_micro.
+
+    Starts at the lower bound ceil(tokens / (world * budget)) and takes one micro-step more where `fit` finds no way.
+    Every rank computes this for all ranks, and so knows how many micro-steps there are.
+
+    Raises:
+        PlanError: a sample longer than the budget.
+    """
+    tokens = lengths.tokens
+    lower_bound = max(1, -(-int(tokens.sum()) // (world * token_budget)))
+    # With one bin per sample every bin fits, so the search ends.
+    for n_micro in range(lower_bound, max(lower_bound, len(tokens)) + 1):
+        slots = fit(tokens, n_micro * world, token_budget, lengths.patches)
+        if slots is not None:
+            return slots, lower_bound
+    raise PlanError(
+        f"no bins of {token_budget} tokens for samples of up to {int(tokens.max())}; check_fits() names those too long"
+    )
+
+
+def bin_sums(values: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """(bins,) sums of the (n,) values in (bins, width) slots."""
+    return np.append(values, 0).take(slots.T).sum(axis=0)
 
 
 def fit(tokens: np.ndarray, bins: int, budget: int, second: np.ndarray | None = None) -> np.ndarray | None:
@@ -38,7 +69,7 @@ def fit(tokens: np.ndarray, bins: int, budget: int, second: np.ndarray | None = 
     if len(tokens) == 0:
         return np.zeros((bins, 1), np.int64)
     slots = deal(tokens, bins, second)
-    if int(np.append(tokens, 0)[slots].sum(axis=1).max()) <= budget:  # nearly always, where there is room
+    if int(bin_sums(tokens, slots).max()) <= budget:  # nearly always, where there is room
         return slots
     state = _Bins(tokens, slots, budget)
     return state.slots if _fit(state) else None
@@ -47,7 +78,7 @@ def fit(tokens: np.ndarray, bins: int, budget: int, second: np.ndarray | None = 
 def deal(values: np.ndarray, bins: int, second: np.ndarray | None = None) -> np.ndarray:
     """(bins, rounds) slots: in falling order of value, one item to every bin each round, largest to smallest bin.
 
-    Rows differ by at most one item in number; n = an empty slot.
+    Rows differ by at most one item in number; n = an empty slot. Columns lie together in memory.
 
     Args:
         second: (n,) int64, non-negative: among items and bins that are about as large, the item with most of this goes
@@ -56,40 +87,64 @@ def deal(values: np.ndarray, bins: int, second: np.ndarray | None = None) -> np.
     n = len(values)
     order = ascending(values)[::-1]
     rounds = -(-n // bins)
-    slots = np.full((bins, rounds), n, dtype=np.int64)
-    load, second_load = np.zeros(bins, dtype=np.int64), np.zeros(bins, dtype=np.int64)
+    slots = np.full((rounds, bins), n, dtype=np.int64)
     block = max(1, bins // _BLOCKS)
-    most = 0 if second is None else int(second.max(initial=0))
+    if second is not None:
+        lacking = first_bits(int(second.max(initial=0)) - second, _SECOND_BITS)
+        blocks = (np.arange(bins) // block << _SECOND_BITS).astype(np.uint16)
     for r in range(rounds):
         turn = order[r * bins : (r + 1) * bins]
-        to = ascending(load)[: len(turn)] if r else np.arange(len(turn))
-        if second is not None and r and block > 1:
-            turn = turn[_within_blocks(most - second[turn], block)]
-            to = to[_within_blocks(second_load[to], block)]
-        slots[to, r] = turn
-        load[to] += values[turn]
-        if second is not None:
-            second_load[to] += second[turn]
-    return slots
+        if r == 0:
+            to = np.arange(len(turn))  # the bins, in an order that each round changes
+            load, second_load = values.take(turn), None if second is None else second.take(turn)
+        else:
+            at = ascending(load)[: len(turn)]
+            if second is not None and block > 1:
+                turn = _within_blocks(turn, lacking, blocks)
+                at = _within_blocks(at, first_bits(second_load, _SECOND_BITS), blocks)
+            to, load = to.take(at), load.take(at) + values.take(turn)
+            if second is not None:
+                second_load = second_load.take(at) + second.take(turn)
+        slots[r][to] = turn
+    return slots.T
 
 
-def _within_blocks(values: np.ndarray, block: int) -> np.ndarray:
-    """(n,) order that sorts every `block` neighbours by themselves, ascending; the last, shorter block stays."""
-    whole = len(values) // block * block
-    order = np.arange(len(values))
-    inside = ascending(values[:whole].reshape(-1, block))
-    order[:whole] = (inside + np.arange(0, whole, block)[:, None]).ravel()
-    return order
+def _within_blocks(items: np.ndarray, values: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """`items` (m,) with those of one block in ascending order of `values[items]`.
+
+    Args:
+        values: (n,) uint16 below 2**_SECOND_BITS.
+        blocks: (m,) or longer uint16: multiples of 2**_SECOND_BITS, ascending.
+    """
+    return items.take((blocks[: len(items)] | values.take(items)).argsort(kind="stable"))
+
+
+def first_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """(...) uint16: what integers have more than the smallest of them, without the last bits of it where that is
+    2**bits or more: about 2^-bits of the range."""
+    above = values - values.min(initial=np.iinfo(np.int64).max)
+    above >>= max(0, int(above.max(initial=0)).bit_length() - bits)
+    return above.astype(np.uint16)
 
 
 def ascending(values: np.ndarray) -> np.ndarray:
-    """(..., n) order of non-negative integers along the last axis, of equal ones the first first: a sort of distinct
-    keys, which is the same everywhere and several times faster than numpy's stable one."""
+    """(..., n) order of non-negative integers along the last axis, of equal ones the first first.
+
+    Numbers of 16 bits are sorted by their digits, which takes the same few microseconds on every processor. Others get
+    their index as lowest bits: a sort of distinct keys, several times faster than numpy's stable one.
+    """
     n = values.shape[-1]
+    most = int(values.max(initial=0))
+    if most < 1 << 16:
+        return values.astype(np.uint16).argsort(kind="stable")
     bits = max(1, (n - 1).bit_length())
-    if int(values.max(initial=0)) >> (63 - bits):
+    if most >> (63 - bits):
         return np.argsort(values, kind="stable")  # no room for the index beside such values
-    return np.sort((values << bits) | np.arange(n)) & ((1 << bits) - 1)
+    keys = values << bits
+    keys |= np.arange(n)
+    keys.sort()
+    keys &= (1 << bits) - 1
+    return keys
 
 
 class _Bins:

@@ -64,8 +64,12 @@ class CostModel:
 
     def text(self, lengths: Lengths) -> np.ndarray:
         """(n,) int64 cost of every sample's language model and head, in units of 1000 FLOPs."""
-        flops = self.per_token * lengths.tokens + self.per_token_squared * lengths.tokens**2
-        return (flops + self.per_supervised * lengths.supervised) // 1000
+        flops = self.per_token_squared * lengths.tokens
+        flops += self.per_token
+        flops *= lengths.tokens
+        flops += self.per_supervised * lengths.supervised
+        flops //= 1000
+        return flops
 
     def vision(self, lengths: Lengths) -> np.ndarray:
         """(n,) int64 cost of every sample's images, input and helpers, in units of 1000 FLOPs."""

@@ -55,7 +55,7 @@ class SourceOrder:
         self._begins = np.cumsum(shards) - shards  # (m,) first row of each shard
         self._number, self._seed, self._window = number, seed, window
         self._epoch, self._line = -1, (shards, shards)
-        self._kept: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray, LengthTable]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray, Lengths]] = OrderedDict()
 
     def take(self, position: int, count: int) -> tuple[np.ndarray, Lengths]:
         """Rows (count,) int64 and lengths of the samples at `position` .. `position + count - 1` of the order."""
@@ -63,24 +63,27 @@ class SourceOrder:
         while count:
             epoch, within = divmod(position, self.samples)
             window, first = divmod(within, self._window)
-            shuffled, places, table = self.window(epoch, window)
+            shuffled, places, of_window = self.window(epoch, window)
             here = slice(first, first + count)
             rows.append(shuffled[here])
-            lengths.append(table.take(places[here]))
+            lengths.append(of_window.take(places[here]))
             position, count = position + len(rows[-1]), count - len(rows[-1])
         if len(rows) == 1:
             return rows[0], lengths[0]
         return np.concatenate(rows), Lengths.join(lengths)
 
-    def window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, LengthTable]:
-        """Rows (w,) int64 of one window in their shuffled order, their places (w,) in a table, and the table: the
-        lengths of the window, in memory."""
+    def window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, Lengths]:
+        """Rows (w,) int64 of one window in their shuffled order, their places (w,) among the window's rows as the index
+        has them, and the lengths of these."""
         key = (epoch, window)
         if key not in self._kept:
             pieces = self.slices(epoch, window)
-            rows = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
+            counts = np.array([piece.stop - piece.start for piece in pieces])
+            ahead = np.array([piece.start for piece in pieces]) - (np.cumsum(counts) - counts)  # of a row's place
+            rows = np.repeat(ahead, counts)
+            rows += np.arange(len(rows))
             places = self._random(epoch, window + 1).permutation(len(rows))
-            self._kept[key] = rows[places], places, self.lengths.slices(pieces)
+            self._kept[key] = rows.take(places), places, self.lengths.slices(pieces)
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilvr_ds.data.balance import ascending, deal, fit
+from ilvr_ds.data.balance import ascending, bin_sums, deal, first_bits, fit, fit_step
+from ilvr_ds.data.lengths import Lengths
+from ilvr_ds.errors import PlanError
 
 
 def check(slots: np.ndarray | None, tokens: np.ndarray, count: int, budget: int) -> None:
@@ -86,3 +88,44 @@ def test_order_is_the_stable_one(values):
     assert ascending(array).tolist() == np.argsort(array, kind="stable").tolist()
     small = array % 5  # with ties
     assert ascending(small).tolist() == np.argsort(small, kind="stable").tolist()
+
+
+@settings(deadline=None, max_examples=50)
+@given(top=st.sampled_from([1, 8, 15, 16, 17, 40, 54, 60, 63]), n=st.integers(1, 300))
+def test_order_is_the_stable_one_for_numbers_of_any_size(top, n):
+    """By their digits, beside their index in a key, or neither: in rows as in one line, with ties."""
+    values = np.random.default_rng(n).integers(0, 2**top, (3, n))
+    values[:, ::3], values[:, 0] = values[0, 0], 2**top - 1
+    assert np.array_equal(ascending(values), np.argsort(values, axis=-1, kind="stable"))
+    assert ascending(values).dtype == np.int64
+
+
+@pytest.mark.parametrize("top", [10, 2**20, 2**46])
+def test_dealing_levels_a_second_value_of_any_size(top):
+    """Small counts or large costs, and one that is far above the others."""
+    rng = np.random.default_rng(1)
+    values, second = np.full(4096, 7), rng.integers(0, top, 4096)
+    second[0] = 8 * top
+    slots = deal(values, 512, second)
+    assert sorted(slots.ravel().tolist()) == list(range(4096))
+    spread = [np.sort(bin_sums(second, s))[:-1].std() for s in (slots, deal(values, 512))]  # but for that one
+    assert spread[0] < 0.3 * spread[1]
+
+
+def test_first_bits_keep_the_order_of_what_differs_enough():
+    values = np.array([1005, 1000, 1003, 1004, 1007])
+    assert first_bits(values, 3).tolist() == [5, 0, 3, 4, 7] and first_bits(values, 3).dtype == np.uint16
+    assert first_bits(values, 2).tolist() == [2, 0, 1, 2, 3]
+    assert first_bits(values * 2**40, 16).tolist() == [40960, 0, 24576, 32768, 57344]
+    assert first_bits(np.zeros(3, np.int64), 11).tolist() == [0, 0, 0] and len(first_bits(values[:0], 4)) == 0
+
+
+def test_bins_of_a_step_and_what_they_sum_to():
+    tokens = np.array([5, 4, 3, 3, 2, 1])
+    lengths = Lengths(tokens, 4 * tokens, tokens, tokens)
+    slots, lower_bound = fit_step(lengths, 6, 2)
+    assert lower_bound == 2 and len(slots) == 4  # 18 tokens in two micro-steps of two bins
+    check(slots, tokens, 4, 6)
+    assert bin_sums(tokens, slots).tolist() == np.append(tokens, 0)[slots].sum(axis=1).tolist()
+    with pytest.raises(PlanError, match="up to 7"):
+        fit_step(Lengths(*np.array([[7]] * 4)), 6, 1)

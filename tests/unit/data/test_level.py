@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ilvr_ds.data.balance import fit
-from ilvr_ds.data.level import TEXT_UNIT, VISION_UNIT, in_units, level
+from ilvr_ds.data.level import TEXT_UNIT, VISION_UNIT, in_units, level, level_group
 
 
 def leveled(tokens, text, vision, bins, budget, rounds=24):
@@ -78,3 +78,49 @@ def test_units_are_whole_numbers_around_the_mean_bin(scale):
     assert units[1].sum() == pytest.approx(4 * TEXT_UNIT, rel=0.3)
     assert units[2].sum() == pytest.approx(4 * VISION_UNIT, rel=0.3)
     assert (in_units(*np.zeros((3, 3), np.int64), 2) == 0).all()
+
+
+def test_a_dear_bin_finds_the_one_that_helps():
+    """{9, 7} gains nothing from the first bin of 10, which holds one sample, and halves 26 with the second, {6, 4}."""
+    costs = np.array([9, 7, 10, 6, 4, *[12] * 5]) * 10**6
+    slots = np.array([[0, 1], [2, 10], [3, 4], *[[5 + i, 10] for i in range(5)]])
+    after = level(slots, in_units(np.ones(10, np.int64), costs, costs, 8), 100, 1)
+    assert sorted((np.append(costs, 0)[after].sum(axis=1) // 10**6).tolist()) == [10, 12, 12, 12, 12, 12, 13, 13]
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), room=st.integers(0, 40), each=st.sampled_from([2, 4, 5, 7]))
+def test_no_bin_goes_over_where_costs_pull_against_tokens(seed, room, each):
+    """Costs that have nothing to do with tokens: the best exchange is often one that the budget forbids."""
+    rng = np.random.default_rng(seed)
+    tokens, text, vision = rng.integers(1, 100, (3, 16 * each))
+    slots = np.arange(16 * each).reshape(16, each)
+    budget = int(tokens[slots].sum(axis=1).max()) + room
+    units = in_units(tokens, text * 10**6, vision * 10**6, 16)
+    after = level(slots, units, budget, 24)
+    assert sorted(after[after < 16 * each].tolist()) == list(range(16 * each))
+    assert np.append(tokens, 0)[after].sum(axis=1).max() <= budget
+    apart = [units[1:, bins].sum(axis=2) - [[TEXT_UNIT], [VISION_UNIT]] for bins in (slots, after)]
+    assert ((apart[1] ** 2).sum(axis=0) ** 2).sum() <= ((apart[0] ** 2).sum(axis=0) ** 2).sum()
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_a_group_is_leveled_without_the_rest_of_the_step(data):
+    """What other samples cost changes nothing; costs are exact however large they are."""
+    n, bins = 40, data.draw(st.integers(2, 6))
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    tokens, text, vision = rng.integers(1, 20, n), *rng.integers(0, 2**55, (2, n))
+    members = rng.permutation(n)[: 3 * bins - 1]
+    slots = np.append(members, n).reshape(bins, 3)
+    rows, own, loads = level_group(slots, tokens, text, vision, 60, 24)
+    assert sorted(rows.tolist()) == sorted(members.tolist())
+    in_bins = np.append(rows, n)[own]
+    for kind, costs in enumerate((text + vision, text, vision)):
+        assert loads[kind].tolist() == np.append(costs, 0)[in_bins].sum(axis=1).tolist()
+    others = np.setdiff1d(np.arange(n), members)
+    text[others] = vision[others] = 0
+    again = level_group(slots, tokens, text, vision, 60, 24)
+    assert all(np.array_equal(a, b) for a, b in zip((rows, own, loads), again, strict=True))
+    untouched = level_group(slots, tokens, text, vision, 60, 0)
+    assert np.array_equal(np.append(untouched[0], n)[untouched[1]], slots)
