@@ -41,7 +41,9 @@ def rotary_positions(
                 f"input image {number}: grid {(t, h, w)} is not a still image of {merge}x{merge} blocks of patches; "
                 "rebuild the shards with data_tools/build_shards.py"
             )
-    edges = np.flatnonzero(np.diff(is_image, prepend=False, append=False))  # start, end, start, end, ...
+    bounded = np.zeros(length + 2, dtype=bool)
+    bounded[1:-1] = is_image
+    edges = np.flatnonzero(bounded[1:] != bounded[:-1])  # start, end, start, end, ...
     starts, ends = edges[0::2], edges[1::2]
     sides = [(h // merge, w // merge) for _, h, w in grids]
     expected = [h * w for h, w in sides]
@@ -50,13 +52,13 @@ def rotary_positions(
             f"runs of image tokens have lengths {(ends - starts).tolist()}, the image grids ask for {expected}; "
             "rebuild the shards with data_tools/build_shards.py"
         )
-    advance = np.where(is_image, 0, 1)  # (L,) how far the count moves after each token
+    advance = (~is_image).astype(np.int64)  # (L,) how far the count moves after each token
     if sides:  # an image moves it once, at its last token
         advance[ends - 1] = [max(side) for side in sides]
     before = np.cumsum(advance) - advance  # (L,) count before each token
-    positions = np.repeat(before[None], 3, axis=0).astype(np.int64)  # (3, L)
-    if sides:
-        positions[1, is_image] += np.concatenate([np.repeat(np.arange(h), w) for h, w in sides])
-        positions[2, is_image] += np.concatenate([np.tile(np.arange(w), h) for h, w in sides])
-    assert positions.shape == (3, length)
+    positions = np.empty((3, length), dtype=np.int64)
+    positions[:] = before
+    for start, end, (h, w) in zip(starts.tolist(), ends.tolist(), sides, strict=True):
+        positions[1, start:end].reshape(h, w)[:] += np.arange(h)[:, None]
+        positions[2, start:end].reshape(h, w)[:] += np.arange(w)
     return positions

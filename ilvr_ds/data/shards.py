@@ -23,10 +23,11 @@ from ilvr_ds.data.index import Manifest, read_index, read_manifest
 from ilvr_ds.data.lengths import IndexColumns
 from ilvr_ds.data.local_files import LocalFiles
 from ilvr_ds.data.order import PlanSource
-from ilvr_ds.data.pixels import SampleRows, decode_pixels, sample_rows
+from ilvr_ds.data.pixels import SampleRows, sample_rows
 from ilvr_ds.data.remote_files import RemoteFiles, is_url
 from ilvr_ds.data.remote_folder import RemoteSettings, fetch_folder
 from ilvr_ds.data.sample_format import RawSample, count_tokens, key_of, parse_sample
+from ilvr_ds.data.stored_images import decode_pixels
 from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import BatchError, ShardError
 
