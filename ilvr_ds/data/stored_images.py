@@ -1,7 +1,7 @@
 """Pictures out of a shard, decoded into memory they are given.
 
-The decoders are imagecodecs' (libjpeg-turbo, libspng): they write where they are told to, and take a third less time than
-Pillow for large PNGs. Every pixel is Pillow's; a test compares them.
+The decoders are imagecodecs' (libjpeg-turbo, libspng): they write where they are told to, and take a third less time
+than Pillow for large PNGs. Every pixel is Pillow's; a test compares them.
 """
 
 from __future__ import annotations
