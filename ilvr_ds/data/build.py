@@ -67,7 +67,8 @@ def build(
 ) -> Manifest:
     """Build everything that is not there yet, and finish the folder.
 
-    `workers`: processes; 0 does the work in this one. Nothing of the output depends on it.
+    `workers`: processes; 0 does the work in this one, which keeps freed memory from then on (`kept_memory`). Nothing of
+    the output depends on it.
     Raises ShardError when OUT holds another build or cannot be written, as soon as more than `max_reject_fraction` of
     the records are rejected, and when workers keep being killed; ConfigError when the input cannot be read.
     """
