@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops
@@ -58,9 +59,11 @@ def _without_metadata(original: bytes, image: Image.Image) -> bytes | None:
     if plain is None or (plain.width, plain.height) != image.size:
         return None
     if plain.exif:
-        with Image.open(io.BytesIO(original), formats=["JPEG"]) as file:
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)  # what `read_image` turns
-        if turned:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd metadata
+            with Image.open(io.BytesIO(original), formats=["JPEG"]) as file:
+                orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation in range(2, 9):  # what `read_image` turns; it has read the same EXIF
             return None
     return plain.content
 
