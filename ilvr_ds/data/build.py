@@ -222,7 +222,7 @@ class _Tally:
         records, written, rejects = pool.live()
         for reason, message in rejects:
             self._examples.setdefault(reason, message)
-        reasons = self._reasons + Counter(reason for reason, _ in rejects)
+        reasons = self._reasons + Counter(reason for reason, _ in rejects) if rejects else self._reasons
         progress = Progress("shards", self._done + records, self._of_job, self._bytes + written, reasons.total())
         self._on_progress(progress)
         check_reject_fraction(reasons, self._records, self._allowed, self._examples)
