@@ -24,7 +24,6 @@ import io
 import math
 import warnings
 
-import numpy as np
 from PIL import ExifTags, Image, ImageChops
 
 from ilvr_ds.data.images import ImageSettings, encode_png
@@ -128,14 +127,22 @@ def _png_bytes_per_pixel(sample: Image.Image, enough: float) -> float:
 
 def _entropy(image: Image.Image) -> float:
     """Bits per byte of the values of an RGB image, all channels together."""
-    counts, values = image.histogram(), 3 * image.width * image.height
-    # plain Python: 256 numbers are too few to hand to numpy
-    together = [sum(channels) for channels in zip(counts[:256], counts[256:512], counts[512:], strict=True)]
-    return math.log2(values) - math.fsum(count * math.log2(count) for count in together if count) / values
+    counts, values = _value_counts(image), 3 * image.width * image.height
+    return math.log2(values) - sum(count * math.log2(count) for count in counts if count) / values
 
 
 def _error(sample: Image.Image, quality: int) -> float:
     """Mean absolute difference that JPEG makes, over pixels and channels, 0 to 255."""
     jpeg = _encode_jpeg(sample, quality)
     decoded = Image.frombytes("RGB", sample.size, jpeg, "jpeg", "RGB", "")  # Pillow's decoder, less the file around it
-    return float(np.asarray(ImageChops.difference(sample, decoded)).mean())
+    counts = _value_counts(ImageChops.difference(sample, decoded))
+    return sum(value * count for value, count in enumerate(counts)) / (3 * sample.width * sample.height)
+
+
+def _value_counts(image: Image.Image) -> list[int]:
+    """How often each of the 256 values occurs in an RGB image, all channels together.
+
+    Plain Python: handing these few numbers to numpy costs more than adding them.
+    """
+    counts = image.histogram()
+    return list(map(sum, zip(counts[:256], counts[256:512], counts[512:], strict=True)))
