@@ -1,19 +1,28 @@
 """Images per second and core: build_shards against a plain Pillow loop over the same files. Needs no data.
 
-    python benchmarks/shards.py [--photographs 240] [--drawings 240] [--repeats 3] [--workers 2] [--out FILE.json]
+    python benchmarks/shards.py [--kinds KIND ...] [--photographs 240] [--drawings 240] [--repeats 3] [--workers 2]
+                                [--out FILE.json]
 
-Photographs are 1008x756 JPEG (noise at five scales), drawings 384x384 PNG (lines, boxes, circles, text); one per
-record, eight different ones of a kind. Per kind:
+One image per record, eight different ones of a kind:
 
-    loop          images/s of CPU time: open, decode, convert to RGB, resize with Qwen's rule, encode as the shard holds
-                  it (PNG, or JPEG at the same quality), write one file per image
+    photographs              1008x756 JPEG (noise at five scales): of the size that is wanted, stored as they came
+    photographs_resized      1000x750 JPEG: decoded, resized to 1008x756, encoded
+    photographs_progressive  1008x756 progressive JPEG: decoded and encoded
+    drawings                 384x384 PNG (lines, boxes, circles, text): resized to 392x392
+
+Per kind:
+
+    loop          images/s of CPU time: open, decode, convert to RGB, resize with Qwen's rule, encode as the build would
+                  (PNG, or JPEG at the same quality, Pillow's defaults otherwise), write one file per image
     same_choice   the same loop, choosing PNG or JPEG as the build does (estimate of the PNG, error of the JPEG)
     build         images/s of CPU time of the whole build in one process: survey, text, tar, hashes, index, every fsync
     per_core      build / loop: the target is 0.9 or more
     pipeline      build / same_choice: what is left when the choice of PNG or JPEG is in both
+    bytes         stored per image, by the loop and by the build (text and tar headers included)
     two_workers   images/s of wall time by --workers processes / by one, from the first image to the last
 
-Loop and build take turns; medians over the repeats. CPU time, so that other programs on the machine do not count, but
+Loop and build take turns in one process; medians over the repeats. From the first build on that process keeps freed
+memory (`kept_memory.py`), which helps the loop too. CPU time, so that other programs on the machine do not count, but
 for the last line, which needs a quiet one (the load average is printed).
 """
 
@@ -53,6 +62,18 @@ def photograph(rng: np.random.Generator) -> bytes:
     return _bytes(Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8)), "JPEG", quality=92)
 
 
+def photograph_resized(rng: np.random.Generator) -> bytes:
+    """The same at 1000x750, which Qwen's rule makes 1008x756."""
+    with Image.open(io.BytesIO(photograph(rng))) as image:
+        return _bytes(image.resize((1000, 750), Image.Resampling.BICUBIC), "JPEG", quality=92)
+
+
+def photograph_progressive(rng: np.random.Generator) -> bytes:
+    """The same as a progressive JPEG."""
+    with Image.open(io.BytesIO(photograph(rng))) as image:
+        return _bytes(image, "JPEG", quality=92, progressive=True)
+
+
 def drawing(rng: np.random.Generator) -> bytes:
     """A 384x384 PNG of lines, boxes, circles and text."""
     image = Image.new("RGB", (384, 384), "white")
@@ -72,6 +93,14 @@ def drawing(rng: np.random.Generator) -> bytes:
     return _bytes(image, "PNG")
 
 
+KINDS = {
+    "photographs": photograph,
+    "photographs_resized": photograph_resized,
+    "photographs_progressive": photograph_progressive,
+    "drawings": drawing,
+}
+
+
 def plain_loop(files: list[Path], out: Path, encode: Callable[[Image.Image], bytes]) -> None:
     """What one would write without this package."""
     out.mkdir(exist_ok=True)
@@ -86,7 +115,7 @@ def plain_loop(files: list[Path], out: Path, encode: Callable[[Image.Image], byt
 def measure(kind: str, count: int, repeats: int, workers: int, folder: Path, tokenizer: ChatTokenizer) -> dict:
     """The numbers of one kind of image."""
     rng = np.random.default_rng(0)
-    make, ending = (photograph, "jpg") if kind == "photographs" else (drawing, "png")
+    make, ending = KINDS[kind], "png" if kind == "drawings" else "jpg"
     files = [folder / f"{number}.{ending}" for number in range(count)]
     lines = []
     different = [make(rng) for _ in range(8)]
@@ -113,11 +142,15 @@ def measure(kind: str, count: int, repeats: int, workers: int, folder: Path, tok
             times[name].append(count / (time.process_time() - begin))
         for number in walls:
             walls[number].append(_build(folder, folder / f"by-{number}-{repeat}", tokenizer, number, count))
+    plain_loop(files, folder / "plain", lambda image: _encoded(image, stored))
+    stored_bytes = {"loop": sum(path.stat().st_size for path in (folder / "plain").iterdir()) // count}
+    stored_bytes["build"] = sum(path.stat().st_size for path in (folder / "built-0").glob("*.tar")) // count
     rates = {name: statistics.median(values) for name, values in times.items()}
     pairs = list(zip(times["build"], times["loop"], strict=True))
     return {
         "images": count,
-        "stored_as": stored,
+        "loop_stores": stored,
+        "bytes": stored_bytes,
         **{name: round(value, 1) for name, value in rates.items()},
         "per_core": round(statistics.median(build / loop for build, loop in pairs), 3),
         "pipeline": round(
@@ -156,18 +189,19 @@ def _bytes(image: Image.Image, file_format: str, **options: int) -> bytes:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photographs", type=int, default=240, help="12 or more")
+    parser.add_argument("--photographs", type=int, default=240, help="of each kind; 12 or more")
     parser.add_argument("--drawings", type=int, default=240)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     result: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "load": list(os.getloadavg())}
-    for kind in ("photographs", "drawings"):
+    for kind in options.kinds:
         with tempfile.TemporaryDirectory() as name:
             write_tokenizer(Path(name))
             tokenizer = ChatTokenizer.from_folder(name)
-            count = getattr(options, kind)
+            count = options.drawings if kind == "drawings" else options.photographs
             result[kind] = measure(kind, count, options.repeats, options.workers, Path(name), tokenizer)
     text = json.dumps(result, indent=1)
     print(text)

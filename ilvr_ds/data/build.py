@@ -67,7 +67,8 @@ def build(
 ) -> Manifest:
     """Build everything that is not there yet, and finish the folder.
 
-    `workers`: processes; 0 does the work in this one. Nothing of the output depends on it.
+    `workers`: processes; 0 does the work in this one, which keeps freed memory from then on (`kept_memory`). Nothing of
+    the output depends on it.
     Raises ShardError when OUT holds another build or cannot be written, as soon as more than `max_reject_fraction` of
     the records are rejected, and when workers keep being killed; ConfigError when the input cannot be read.
     """
@@ -221,7 +222,7 @@ class _Tally:
         records, written, rejects = pool.live()
         for reason, message in rejects:
             self._examples.setdefault(reason, message)
-        reasons = self._reasons + Counter(reason for reason, _ in rejects)
+        reasons = self._reasons + Counter(reason for reason, _ in rejects) if rejects else self._reasons
         progress = Progress("shards", self._done + records, self._of_job, self._bytes + written, reasons.total())
         self._on_progress(progress)
         check_reject_fraction(reasons, self._records, self._allowed, self._examples)

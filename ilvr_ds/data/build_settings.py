@@ -14,6 +14,7 @@ from PIL import features
 from ilvr_ds.data.assistant_view import AssistantView
 from ilvr_ds.data.formats import FormatName
 from ilvr_ds.data.formats.input_files import input_name
+from ilvr_ds.data.image_codec import STORAGE
 from ilvr_ds.data.images import FACTOR, ImageSettings
 from ilvr_ds.data.index import FORMAT_VERSION, MANIFEST_NAME
 from ilvr_ds.data.tokens import ChatTokenizer
@@ -105,6 +106,7 @@ def build_identity(settings: BuildSettings, sha256: str, records: int, tokenizer
         "max tokens": settings.max_tokens,
         "assistant": settings.assistant,
         "images": json.loads(json.dumps(dataclasses.asdict(settings.images))),  # tuples become lists
+        "image storage": STORAGE,
         "pillow": PIL.__version__,
         "image codecs": {name: features.version(name) for name in ("zlib", "jpg")},
     }

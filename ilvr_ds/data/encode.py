@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ilvr_ds.contracts import ImageRef, Record
 from ilvr_ds.data.image_codec import encode_image
@@ -26,6 +27,8 @@ from ilvr_ds.data.tokens import ChatTokenizer
 from ilvr_ds.errors import RecordError
 
 Role = Literal["input", "helper"]
+_Look = tuple[int, int, bytes]
+_LIMITS = {name: np.iinfo(INDEX_DTYPE[name]).max for name in INDEX_DTYPE.names}  # of the index's fields
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,25 @@ def encode_record(
         raise RecordError("too_long", message, origin=record.origin, record_id=record.id)
     counts = count_tokens(input_ids, labels, (*grids, *store.grids_of(steps)), inputs)
     for name, value in counts.items():
-        limit = np.iinfo(INDEX_DTYPE[name]).max
-        if value > limit:
-            message = f"{name} is {value}, the index holds at most {limit}"
+        if value > _LIMITS[name]:
+            message = f"{name} is {value}, the index holds at most {_LIMITS[name]}"
             raise RecordError("too_many_images", message, origin=record.origin, record_id=record.id)
     return EncodedSample({**store.members, "json": record_to_json(stored, store.grids)}, counts)
+
+
+class _Source(NamedTuple):
+    """An image file that a sample has met."""
+
+    content: bytes
+    bounds: tuple[int, int]  # of the resized image's pixels
+    member: str
+    look: _Look
+
+
+def _look(pixels: Image.Image) -> _Look:
+    """Width, height and every 16th pixel of every 16th row: pictures that differ here are different."""
+    small = pixels.resize((-(-pixels.width // 16), -(-pixels.height // 16)), Image.Resampling.NEAREST)
+    return pixels.width, pixels.height, small.tobytes()
 
 
 class _Images:
@@ -80,7 +97,7 @@ class _Images:
         self.members: dict[str, bytes] = {}
         self.grids: dict[str, Grid] = {}
         # What was met, by comparison: hashing a photograph's bytes costs more than comparing a few lengths.
-        self._sources: list[tuple[bytes, tuple[int, int], str]] = []  # file bytes, pixel bounds, member
+        self._sources: list[_Source] = []
 
     def named(self, parts: tuple[str | ImageRef, ...], role: Role, prefix: str) -> tuple[str | ImageRef, ...]:
         """`parts` with member names for paths; new images go into `members` and `grids`. Raises _BadImage."""
@@ -101,17 +118,34 @@ class _Images:
 
     def _store(self, image: ImageRef, bounds: tuple[int, int], name: str) -> str:
         source = read_image_file(image, self.root)
-        for known, its_bounds, member in self._sources:
-            if its_bounds == bounds and known == source:
-                return member
-        pixels = resize_image(read_image(source), *bounds)
-        ending, content = encode_image(pixels, self.settings)
-        same = (member for member, stored in self.members.items() if stored == content)  # another file, same picture
-        member = next(same, f"{name}.{ending}")
-        self.members[member] = content
-        self.grids[member] = (1, pixels.height // PATCH, pixels.width // PATCH)
-        self._sources.append((source, bounds, member))
+        for known in self._sources:
+            if known.bounds == bounds and known.content == source:
+                return known.member
+        upright = read_image(source)
+        pixels = resize_image(upright, *bounds)
+        look = _look(pixels)
+        member = self._same_picture(pixels, look)
+        if member is None:
+            ending, content = encode_image(pixels, self.settings, source if pixels is upright else b"")
+            same = (member for member, stored in self.members.items() if stored == content)
+            member = next(same, f"{name}.{ending}")
+            self.members[member] = content
+            self.grids[member] = (1, pixels.height // PATCH, pixels.width // PATCH)
+        self._sources.append(_Source(source, bounds, member, look))
         return member
+
+    def _same_picture(self, pixels: Image.Image, look: _Look) -> str | None:
+        """The member that was made of these very pixels, out of another file.
+
+        A JPEG stored as it came and a PNG of the same picture are different bytes, so pixels are compared, of images
+        that look alike. They are made again for that: keeping those of a whole sample could take gigabytes.
+        """
+        for known in self._sources:
+            if known.look == look:
+                again = resize_image(read_image(known.content), *known.bounds)
+                if again.tobytes() == pixels.tobytes():
+                    return known.member
+        return None
 
 
 class _BadImage(Exception):

@@ -28,6 +28,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE as TIFF_BITS_PER_SAMPLE
 from PIL.TiffImagePlugin import TiffImageFile
 
+from ilvr_ds.data.jpeg_file import count_scans, is_jpeg
 from ilvr_ds.errors import IlvrError
 
 PATCH = 14  # pixels on a side of a patch
@@ -43,7 +44,7 @@ MAX_FILE_BYTES = 1 << 30  # no image under Pillow's pixel limit needs more
 # A progressive JPEG has about ten scans. Each goes over the whole image and may take 30 bytes of the file: one of a few
 # megabytes can keep the decoder busy for hours. libtiff's limit for JPEG inside TIFF is the same.
 MAX_JPEG_SCANS = 100
-_JPEG, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
+PNG_LEVEL = 4  # zlib's; Pillow's 6 takes up to twice the time of a whole PNG for 1 to 3 % of its size (docs/images.md)
 
 # Kinds of files that are opened: those with a signature, decoded inside Pillow. Left out on purpose are kinds that
 # start another program (EPS: Ghostscript) and kinds without a signature (TGA), as which damaged files would pass.
@@ -101,8 +102,7 @@ def read_image(source: bytes | Path, *, own: bool = False) -> Image.Image:
 
     EXIF orientation is applied. Transparency is composited on white. Grey of 9 to 16 bits is scaled to 8 (Pillow's
     own conversion would clip it to white). Of an animation the first frame is taken. docs/images.md lists the rest.
-    `own`: the bytes are this package's, out of a checked shard: a JPEG's scans are not counted, which takes a tenth of
-    the time of decoding it.
+    `own`: the bytes are this package's, out of a checked shard: a JPEG's scans are not counted.
     Raises ImageError (its docstring lists the reasons).
     """
     content = source if isinstance(source, bytes) else read_image_bytes(source)
@@ -110,7 +110,7 @@ def read_image(source: bytes | Path, *, own: bool = False) -> Image.Image:
         raise ImageError("zero_size_image", "the image file is empty (0 bytes); fetch or export it again")
     if content.startswith(LFS_PREFIX):
         raise ImageError("git_lfs_pointer", "the file is a Git LFS pointer, not an image; run `git lfs pull`")
-    if not own and content.startswith(_JPEG) and (scans := content.count(_JPEG_SCAN)) > MAX_JPEG_SCANS:
+    if not own and is_jpeg(content) and (scans := count_scans(content)) > MAX_JPEG_SCANS:
         raise ImageError(
             "decompression_bomb", f"a JPEG of {scans} scans, at most {MAX_JPEG_SCANS} are decoded; save it anew"
         )
@@ -210,7 +210,7 @@ def merged_tokens(grid: Grid) -> int:
 def encode_png(image: Image.Image) -> bytes:
     """Lossless PNG bytes; the same pixels give the same bytes with one version of Pillow and zlib."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 

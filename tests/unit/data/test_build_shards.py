@@ -6,8 +6,10 @@ import tarfile
 
 import pytest
 import webdataset
+from PIL import Image
 
 from data_tools.build_shards import main
+from data_tools.check_shards import main as check_main
 from ilvr_ds.data.build import BuildSettings
 from ilvr_ds.data.images import read_image, resize_image
 from ilvr_ds.data.pixels import image_pixels
@@ -191,6 +193,38 @@ def test_settings_name_the_option(tmp_path):
     with pytest.raises(ConfigError, match=r"--image-root .*nowhere"):
         (tmp_path / "x.jsonl").touch()
         BuildSettings((tmp_path / "x.jsonl",), "ilvr", tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_a_build_begun_by_other_rules_of_storage_is_refused(run, write_records, good_record, tmp_path, capsys):
+    """A version that encoded every JPEG anew knew no such entry: its shards are not mixed with ours."""
+    source = write_records([good_record("a")])
+    assert run(source) == 0
+    path = tmp_path / "out" / "progress" / "build.json"
+    tree = json.loads(path.read_text())
+    for other in ({**tree, "image storage": 1}, {k: v for k, v in tree.items() if k != "image storage"}):
+        path.write_text(json.dumps(other))
+        assert run(source) == 1
+        assert f"image storage: {other.get('image storage')!r} there, 2 now" in capsys.readouterr().err
+
+
+def test_a_photograph_is_stored_as_it_came_and_read_back(
+    run, write_records, good_record, tmp_path, tokenizer, tokenizer_folder
+):
+    rough = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x010E] = "taken at home"
+    rough.resize((112, 84), Image.Resampling.BICUBIC).save(tmp_path / "photo.jpg", quality=85, exif=exif)
+    source = write_records([good_record("a", image_input="photo.jpg")])
+    assert run(source) == 0
+    assert check_main([str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)]) == 0
+    shards = ShardSet.open(tmp_path / "out")
+    stored = shards.read(0).images["in0.jpg"]
+    assert b"taken at home" in (tmp_path / "photo.jpg").read_bytes() and b"taken at home" not in stored
+    assert (tmp_path / "photo.jpg").read_bytes().endswith(stored[-500:])  # the scan
+    patches, grid = image_to_patches(np.asarray(read_image(tmp_path / "photo.jpg")))
+    sample = shards.load_sample(0, tokenizer)
+    assert sample.grids[0] == grid == (1, 6, 8)
+    assert (np.asarray(sample.patches)[: len(patches)] == patches).all()
 
 
 def test_storage_settings(run, write_records, good_record, tmp_path, capsys):

@@ -111,6 +111,21 @@ def test_real_pictures_are_kept_to_the_pixel(realdata):
         assert ending == "png" and read_image(content).tobytes() == image.tobytes()
 
 
+@pytest.mark.parametrize("side", ["left", "right", "top", "bottom"])
+def test_a_photograph_on_one_side_is_seen(side):
+    """Of a wide image pieces are looked at: they lie on all sides."""
+    image, photo = Image.new("RGB", (1120, 840), "white"), photograph(1120, 840)
+    box = {
+        "left": (0, 0, 560, 840),
+        "right": (560, 0, 1120, 840),
+        "top": (0, 0, 1120, 420),
+        "bottom": (0, 420, 1120, 840),
+    }
+    image.paste(photo.crop(box[side]), box[side])
+    assert encode_image(image, ImageSettings())[0] == "jpg"
+    assert encode_image(Image.new("RGB", (1120, 840), "white"), ImageSettings())[0] == "png"
+
+
 # ---------------------------------------------------------------------------------------- storing
 def test_equal_images_are_stored_once(encode, tmp_path):
     content = file_bytes(drawing())
@@ -146,6 +161,49 @@ def test_photographs_are_jpg_members_and_bytes_repeat(encode):
     raw = parse_sample(to_tar(sample.members))
     patches, grid = image_to_patches(np.asarray(read_image(raw.images["in0.jpg"])))
     assert grid == raw.grids["in0.jpg"] and patches.shape == (22 * 16, 588)
+
+
+def test_a_jpeg_of_the_right_size_is_stored_as_it_came(encode):
+    exif = Image.Exif()
+    exif[0x010E] = "taken at home"
+    plain = file_bytes(photograph(), "JPEG", quality=80)
+    original = file_bytes(photograph(), "JPEG", quality=80, exif=exif, icc_profile=b"profile", comment=b"comment")
+    for content in (plain, original, original + b"preview"):
+        sample = encode(record((ImageRef("x", content),)))
+        assert sample.members["in0.jpg"] == plain
+        assert json.loads(sample.members["json"])["grids"] == {"in0.jpg": [1, 16, 22]}
+
+
+def test_a_jpeg_that_needs_a_change_is_encoded_anew(encode):
+    small = file_bytes(photograph(300, 220), "JPEG", quality=80)
+    assert small not in encode(record((ImageRef("x", small),))).members.values()  # resized
+    right = file_bytes(photograph(), "JPEG", quality=80)
+    assert sorted(encode(record((ImageRef("x", right),)), jpeg_quality=None).members) == ["in0.png", "json"]
+    bounded = encode(record((ImageRef("x", right),), (ImageRef("x", right), "see")), helper_max_pixels=28 * 28 * 16)
+    assert bounded.members["in0.jpg"] == right and bounded.members["help0.jpg"] != right  # each role has its bounds
+
+
+def test_one_picture_in_several_files_is_one_member(encode):
+    """By its pixels: as a JPEG stored as it came, with other tables, and as what it decodes to in another format."""
+    original = file_bytes(photograph(), "JPEG", quality=80)
+    files = [original, file_bytes(photograph(), "JPEG", quality=80, optimize=True), file_bytes(read_image(original)),
+             file_bytes(read_image(original), "BMP")]  # fmt: skip
+    assert len({encode(record((ImageRef("x", content),))).members["in0.jpg"] for content in files}) == 3
+    for order in (files, files[::-1], [files[1], files[0], files[3], files[2]]):
+        refs = [ImageRef(f"x{i}", content) for i, content in enumerate(order)]
+        sample = encode(record(tuple(refs[:2]), (*refs[2:], "see")))
+        assert sorted(sample.members) == ["in0.jpg", "json"]
+        assert sample.members["in0.jpg"] == encode(record((refs[0],))).members["in0.jpg"]
+        assert sample.counts["spans"] == 2 and sample.counts["image_tokens"] == 2 * 88
+
+
+def test_pictures_that_look_alike_are_two(encode):
+    """They differ in one pixel, between those that are looked at first."""
+    one, other = drawing(), drawing()
+    other.putpixel((101, 53), (1, 2, 3))
+    sample = encode(record((ImageRef("x", file_bytes(one)), ImageRef("y", file_bytes(other)))))
+    assert sorted(sample.members) == ["in0.png", "in1.png", "json"]
+    assert read_image(sample.members["in1.png"]).tobytes() == other.tobytes()
 
 
 def test_a_bad_image_names_record_and_image(encode):
