@@ -97,12 +97,11 @@ class ImageSettings:
         return self.helper_min_pixels, self.helper_max_pixels
 
 
-def read_image(source: bytes | Path, *, own: bool = False) -> Image.Image:
+def read_image(source: bytes | Path) -> Image.Image:
     """Decode an image file: upright, RGB, 8 bits.
 
     EXIF orientation is applied. Transparency is composited on white. Grey of 9 to 16 bits is scaled to 8 (Pillow's
     own conversion would clip it to white). Of an animation the first frame is taken. docs/images.md lists the rest.
-    `own`: the bytes are this package's, out of a checked shard: a JPEG's scans are not counted.
     Raises ImageError (its docstring lists the reasons).
     """
     content = source if isinstance(source, bytes) else read_image_bytes(source)
@@ -110,7 +109,7 @@ def read_image(source: bytes | Path, *, own: bool = False) -> Image.Image:
         raise ImageError("zero_size_image", "the image file is empty (0 bytes); fetch or export it again")
     if content.startswith(LFS_PREFIX):
         raise ImageError("git_lfs_pointer", "the file is a Git LFS pointer, not an image; run `git lfs pull`")
-    if not own and is_jpeg(content) and (scans := count_scans(content)) > MAX_JPEG_SCANS:
+    if is_jpeg(content) and (scans := count_scans(content)) > MAX_JPEG_SCANS:
         raise ImageError(
             "decompression_bomb", f"a JPEG of {scans} scans, at most {MAX_JPEG_SCANS} are decoded; save it anew"
         )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import tarfile
 
+import numpy as np
 import pytest
 import webdataset
 from PIL import Image
@@ -221,10 +222,10 @@ def test_a_photograph_is_stored_as_it_came_and_read_back(
     stored = shards.read(0).images["in0.jpg"]
     assert b"taken at home" in (tmp_path / "photo.jpg").read_bytes() and b"taken at home" not in stored
     assert (tmp_path / "photo.jpg").read_bytes().endswith(stored[-500:])  # the scan
-    patches, grid = image_to_patches(np.asarray(read_image(tmp_path / "photo.jpg")))
+    pixels, grid = image_pixels(read_image(tmp_path / "photo.jpg"))
     sample = shards.load_sample(0, tokenizer)
     assert sample.grids[0] == grid == (1, 6, 8)
-    assert (np.asarray(sample.patches)[: len(patches)] == patches).all()
+    assert (sample.input_pixels == pixels).all()
 
 
 def test_storage_settings(run, write_records, good_record, tmp_path, capsys):
