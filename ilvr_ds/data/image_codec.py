@@ -128,7 +128,8 @@ def _png_bytes_per_pixel(sample: Image.Image, enough: float) -> float:
 def _entropy(image: Image.Image) -> float:
     """Bits per byte of the values of an RGB image, all channels together."""
     counts, values = _value_counts(image), 3 * image.width * image.height
-    return math.log2(values) - sum(count * math.log2(count) for count in counts if count) / values
+    # fsum: the same number with every version of Python
+    return math.log2(values) - math.fsum(count * math.log2(count) for count in counts if count) / values
 
 
 def _error(sample: Image.Image, quality: int) -> float:

@@ -1,9 +1,9 @@
-"""Image files to the patches Qwen2.5-VL's vision tower takes.
+"""Image files to images of the size Qwen2.5-VL's vision tower takes.
 
-    bytes ─read_image─▶ RGB, upright ─resize_image─▶ sides multiples of 28 ─image_to_patches─▶ (P, 588) uint8
+    bytes ─read_image─▶ RGB, upright ─resize_image─▶ sides multiples of 28
 
-The first two happen once, when shards are built; training only decodes and cuts patches. Normalisation and the
-doubling in time are left to the device (`ilvr_ds.model`); `normalise_patches_numpy` is the reference for it.
+This happens once, when shards are built; training only decodes. Cutting into patches and normalisation are left to the
+device (`ilvr_ds.model.vision`); `image_to_patches` and `normalise_patches_numpy` are the references for them.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def resize_image(image: Image.Image, min_pixels: int = MIN_PIXELS, max_pixels: i
 
 
 def image_to_patches(pixels: np.ndarray) -> tuple[np.ndarray, Grid]:
-    """Cut an image (H, W, 3) uint8, H and W multiples of 28, into patches.
+    """Reference: cut an image (H, W, 3) uint8, H and W multiples of 28, into patches.
 
     Returns (P, 588) uint8, each row one patch as [channel, row, column], and the grid (1, H/14, W/14). Rows are in
     Qwen's merge-block order: the four patches of a merged token are neighbours, blocks run row by row.

@@ -27,7 +27,7 @@ class RawSample:
     key: str
     record: Record
     grids: dict[str, tuple[int, int, int]]  # member name -> (t, h, w) in patches
-    images: dict[str, bytes]  # member name -> PNG bytes
+    images: dict[str, bytes]  # member name -> PNG or JPEG file
     json_bytes: bytes
 
     @property
