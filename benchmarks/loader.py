@@ -7,13 +7,14 @@
 A sample of the made ones has a question, two steps of text, one input and one helper image:
 
 - `photographs_12mp`: 4032x3024 JPEG, shards built with at most 401,408 pixels an image (512 visual tokens);
-- `photographs`: 1008x756 JPEG, bounds as they come (nothing to resize: the shards save next to nothing here);
+- `photographs`: 1008x756 JPEG, bounds as they come: nothing to resize, stored as they came;
+- `photographs_resized`: 1000x750 JPEG, resized to 1008x756 and encoded;
 - `drawings`: 384x384 PNG, bounds as they come.
 
 Per kind, CPU time per sample of a process that works alone on the same samples; prints JSON:
 
 - `samples`: what a decoding worker does per sample: read by offset, checksum, decode, tokens;
-- `loader`: all of `StepLoader` in one process: the plan before it, and packing the step after it;
+- `loader`: all of a `StepLoader` under way in one process: the plan before it, and packing the step after it;
 - `worker`: the same in a worker process of a running `StepLoader`, all that it spends on sending steps included;
 - `originals`: as `samples` from the records' own files: read, decode, turn, resize by Qwen's rule, tokens;
 - `webdataset`: `webdataset.WebDataset(tars).decode("rgb8")`: every image an array, no tokens, packs or sending;
@@ -34,7 +35,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 import json
 import multiprocessing
 import os
@@ -43,7 +43,7 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -53,8 +53,7 @@ import numpy as np
 import psutil
 import webdataset
 from build_kill import write_tokenizer
-from PIL import Image
-from shards import drawing, photograph
+from pictures import drawing, photograph, photograph_12mp, photograph_resized
 
 from ilvr_ds.config import DataConfig
 from ilvr_ds.contracts import ImageRef
@@ -117,24 +116,15 @@ def wait_share(metrics: Path) -> dict:
     }
 
 
-def large_photograph(rng: np.random.Generator) -> bytes:
-    """A 4032x3024 JPEG: a photograph four times as wide, with a sensor's noise."""
-    with Image.open(io.BytesIO(photograph(rng))) as image:
-        pixels = np.asarray(image.resize((4032, 3024), Image.Resampling.BICUBIC)).astype(np.int16)
-    pixels += rng.integers(-6, 7, pixels.shape, dtype=np.int16)
-    buffer = io.BytesIO()
-    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
-
-
 # kind -> what draws one, file ending, how shards are built from them
 KINDS: dict[str, tuple[Callable[[np.random.Generator], bytes], str, ImageSettings]] = {
     "photographs_12mp": (
-        large_photograph,
+        photograph_12mp,
         "jpg",
         ImageSettings(input_max_pixels=MAX_PIXELS, helper_max_pixels=MAX_PIXELS),
     ),
     "photographs": (photograph, "jpg", ImageSettings()),
+    "photographs_resized": (photograph_resized, "jpg", ImageSettings()),
     "drawings": (drawing, "png", ImageSettings()),
 }
 
@@ -221,6 +211,7 @@ class Loaded:
             records = [r for r in source.read(0, len(source)) if not isinstance(r, RecordError)]
         self.records = records[: self.count]
         self.blobs = self.shards.read_bytes(range(self.count))
+        self.under_way: Iterator | None = None  # a run's steps, as far as they were asked for
         self.raws = [self.shards.parse(number, blob) for number, blob in enumerate(self.blobs)]
 
     def steps(self, total: int, workers: int) -> StepLoader:
@@ -231,8 +222,11 @@ class Loaded:
         )  # fmt: skip
 
     def loader(self) -> int:
-        with self.steps(max(1, self.count // PER_STEP), workers=0) as steps:
-            return sum(plan.totals.samples for _, plan, _ in steps)
+        if self.under_way is None:
+            self.under_way = iter(self.steps(1 << 30, workers=0))
+            self.loader()  # the memory of the first steps is new
+        steps = islice(self.under_way, max(1, self.count // PER_STEP))
+        return sum(plan.totals.samples for _, plan, _ in steps)
 
     def worker_s(self) -> float:
         """Processor time of a worker process a sample, once it is in its stride; the batches are looked at and dropped.
