@@ -21,6 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from ilvr_ds.config import DataConfig
 from ilvr_ds.contracts import ImageRef, PackedBatch, Record
+from ilvr_ds.data import bundle
 from ilvr_ds.data.bundle import Failure
 from ilvr_ds.data.images import ImageSettings
 from ilvr_ds.data.index import FORMAT_VERSION, INDEX_DTYPE, Manifest, ShardEntry, file_sha256, write_index, write_text
@@ -165,6 +166,28 @@ def test_same_batches_whatever_the_number_of_workers(shards, tokenizer):
         assert [e[:2] for e in entries] == [e[:2] for e in reference]
         for (*_, ours), (*_, theirs) in zip(entries, reference, strict=True):
             assert len(ours) == len(theirs) and all(map(same_batch, ours, theirs))
+
+
+def test_workers_use_their_memory_again_and_batches_that_are_kept_stay(shards, tokenizer, monkeypatch):
+    """Of 40 steps two are kept to the end: what is in them is not written over, and the others share a few pieces."""
+    pieces = []
+
+    def received(piece: torch.Tensor) -> torch.Tensor:
+        pieces.append(os.fstat(piece.untyped_storage()._share_fd_cpu_()[0]).st_ino)
+        return real(piece)
+
+    real = bundle.received
+    monkeypatch.setattr(bundle, "received", received)
+    reference = dict(enumerate(collect(loader(shards, tokenizer, total=40))))
+    kept = {}
+    with loader(shards, tokenizer, workers=1, total=40) as steps:
+        for step, _, batches in steps:
+            assert all(map(same_batch, batches, reference[step][2]))
+            if step in (3, 17):
+                kept[step] = batches
+    assert sorted(kept) == [3, 17]
+    assert all(all(map(same_batch, batches, reference[step][2])) for step, batches in kept.items())
+    assert len(pieces) == 40 and len(set(pieces)) <= 2 + 5  # kept, and: two ahead, in hand, being decoded, on its way
 
 
 def test_starting_later_continues_the_same_run(shards, tokenizer):
