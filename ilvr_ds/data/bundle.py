@@ -43,9 +43,12 @@ class Bundle:
     """
 
     plan: StepPlan
-    pixels: torch.Tensor  # (bytes,) uint8: where the pictures were decoded into (`step_memory`)
+    pixels: (
+        torch.Tensor
+    )  # (bytes,) uint8: the memory pictures were decoded into (`step_memory`), maybe larger than them
     rest: torch.Tensor  # (bytes,) uint8: everything else
     layout: list[dict[str, Any]]  # per batch: field -> _Place for tensors, else the value
+    used: int  # bytes of `pixels`, from its begin
     bad: tuple[BadSample, ...]  # planned samples that are in no batch
 
     @classmethod
@@ -53,14 +56,15 @@ class Bundle:
         cls, plan: StepPlan, batches: list[PackedBatch], pixels: torch.Tensor, bad: tuple[BadSample, ...] = ()
     ) -> Bundle:
         """Tensors that lie in `pixels` stay where they are, all others are copied together."""
-        layout, tensors, size = [], [], 0
+        layout, tensors, size, used = [], [], 0, 0
         for batch in batches:
             fields: dict[str, Any] = {}
             for f in dataclasses.fields(batch):
                 value = getattr(batch, f.name)
                 if isinstance(value, torch.Tensor) and _inside(value, pixels):
                     begin = value.data_ptr() - pixels.data_ptr()
-                    fields[f.name] = _Place(True, begin, begin + value.nbytes, value.dtype, tuple(value.shape))
+                    place = _Place(True, begin, begin + value.nbytes, value.dtype, tuple(value.shape))
+                    fields[f.name], used = place, max(used, place.end)
                 elif isinstance(value, torch.Tensor):
                     place = _Place(False, size, size + value.nbytes, value.dtype, tuple(value.shape))
                     tensors.append((place, value))
@@ -69,7 +73,7 @@ class Bundle:
                 else:
                     fields[f.name] = value
             layout.append(fields)
-        bundle = cls(plan, pixels, torch.empty(size, dtype=torch.uint8), layout, bad)
+        bundle = cls(plan, pixels, torch.empty(size, dtype=torch.uint8), layout, used, bad)
         for place, value in tensors:
             bundle._view(place).copy_(value)
         return bundle
@@ -78,7 +82,7 @@ class Bundle:
         return _arrived, tuple(getattr(self, f.name) for f in dataclasses.fields(self))
 
     def pin_memory(self, device: object = None) -> Bundle:  # DataLoader calls this where pin_memory=True
-        return dataclasses.replace(self, pixels=self.pixels.pin_memory(), rest=self.rest.pin_memory())
+        return dataclasses.replace(self, pixels=self.pixels[: self.used].pin_memory(), rest=self.rest.pin_memory())
 
     def batches(self) -> list[PackedBatch]:
         """The batches, their tensors views of the buffers."""
