@@ -43,9 +43,7 @@ class Bundle:
     """
 
     plan: StepPlan
-    pixels: (
-        torch.Tensor
-    )  # (bytes,) uint8: the memory pictures were decoded into (`step_memory`), maybe larger than them
+    pixels: torch.Tensor  # (bytes,) uint8: what pictures were decoded into (`step_memory`), maybe larger than they are
     rest: torch.Tensor  # (bytes,) uint8: everything else
     layout: list[dict[str, Any]]  # per batch: field -> _Place for tensors, else the value
     used: int  # bytes of `pixels`, from its begin

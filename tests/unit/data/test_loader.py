@@ -190,6 +190,16 @@ def test_workers_use_their_memory_again_and_batches_that_are_kept_stay(shards, t
     assert len(pieces) == 40 and len(set(pieces)) <= 2 + 5  # kept, and: two ahead, in hand, being decoded, on its way
 
 
+def test_only_what_is_used_goes_to_pinned_memory(shards, tokenizer, monkeypatch):
+    made = loader(shards, tokenizer)._loader.dataset[0]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # pinning needs a CUDA device
+    pinned = made.pin_memory()
+    batches = made.batches()
+    assert all(map(same_batch, pinned.batches(), batches))
+    size = sum(batch.pixels.nbytes for batch in batches)
+    assert len(pinned.pixels) == made.used == size > 0 and len(made.pixels) > size
+
+
 def test_starting_later_continues_the_same_run(shards, tokenizer):
     whole = collect(loader(shards, tokenizer, total=5))
     rest = collect(loader(shards, tokenizer, start=3, total=5))
