@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableSequence
@@ -129,12 +128,6 @@ def finished_shard(out: Path, number: int) -> ShardResult | None:
     return result
 
 
-@functools.cache
-def _keep_freed_memory() -> bool:
-    """`keep_freed_memory`, once in a process: freed and fetched anew, pictures' buffers cost 0.4 ms a drawing."""
-    return keep_freed_memory()
-
-
 def _survey(work: Work, task: Task, watch: Watch) -> bytes:
     hashes = []
     for _, item in _records(work, task, watch, work.source.ids):
@@ -146,7 +139,7 @@ def _survey(work: Work, task: Task, watch: Watch) -> bytes:
 def _write_shard(work: Work, task: Task, watch: Watch) -> ShardResult:
     """The tar, then its progress file, each under a temporary name and renamed when whole."""
     out, name = work.settings.out, shard_name(task.number)
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         (out / MANIFEST_NAME).unlink(missing_ok=True)  # the folder is not finished any more
     except OSError as error:

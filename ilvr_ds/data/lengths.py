@@ -99,15 +99,6 @@ class IndexColumns:
                 at += count
         return Lengths.from_index(joined, self._helpers)
 
-    def take(self, rows: np.ndarray | slice) -> Lengths:
-        """Of the samples `rows` only, in that order."""
-        return Lengths.from_index(self._bytes()[rows].view(self._index.dtype)[:, 0], self._helpers)
-
-    def _bytes(self) -> np.ndarray:
-        """(samples, bytes of a row) uint8: numpy copies structured rows field by field, which takes several times as
-        long."""
-        return np.asarray(self._index).view(np.uint8).reshape(len(self), self._index.dtype.itemsize)
-
     def longest_pieces(self) -> Iterator[np.ndarray]:
         """The tokens of all samples, in pieces."""
         with self._reader() as read:
@@ -162,10 +153,6 @@ class LengthTable(Protocol):
 
     def slices(self, slices: Sequence[slice]) -> Lengths:
         """Of the samples of several slices, one after the other, in memory."""
-        ...
-
-    def take(self, rows: np.ndarray | slice) -> Lengths:
-        """Of the samples `rows` only, in that order."""
         ...
 
     def longest_pieces(self) -> Iterator[np.ndarray]:

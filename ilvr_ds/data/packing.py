@@ -23,7 +23,7 @@ from ilvr_ds.errors import BatchError
 if TYPE_CHECKING:
     from ilvr_ds.data.tokens import Vocabulary
 
-FLOAT_PATCH = 1176  # of a patch that is normalised and doubled in time
+FLOAT_PATCH = 2 * PIXEL_ROW  # of a patch that is normalised and doubled in time
 _PIXEL_KINDS = (((PIXEL_ROW,), np.dtype("uint8")), ((FLOAT_PATCH,), np.dtype("float32")))  # shape of a row, type
 _REBUILD = "rebuild the shards with data_tools/build_shards.py (data_tools/check_shards.py finds all such samples)"
 

@@ -90,12 +90,12 @@ def test_columns_of_a_mapped_index_travel_as_a_file_name(tmp_path):
     assert len(data) < 2000  # the map itself would be two megabytes
     again = pickle.loads(data)
     assert len(again) == 50_000
-    part, whole = again.take(slice(100, 300)), Lengths.from_index(index)
+    part, whole = again.slices([slice(100, 300)]), Lengths.from_index(index)
     assert (part.tokens == whole.tokens[100:300]).all() and (part.patches == 48).all()
     assert part.tokens.dtype == np.int64  # unsigned columns would wrap around in differences
     assert len(pickle.dumps(SourceOrder(PlanSource(columns), number=0, seed=0, window=9))) < 5000
     in_memory = pickle.loads(pickle.dumps(IndexColumns(np.array(index[:10]))))
-    assert in_memory.take(slice(0, 10)).tokens.tolist() == whole.tokens[:10].tolist()
+    assert in_memory.slices([slice(0, 10)]).tokens.tolist() == whole.tokens[:10].tolist()
 
 
 @settings(deadline=None, max_examples=30)
@@ -122,7 +122,7 @@ def test_a_mapped_index_is_read_as_a_file(tmp_path):
     part = IndexColumns(index[100:200])  # a part of a map says it begins where the map does
     assert part.slices([slice(0, 9)]).take(slice(None)).tokens.tolist() == every.tokens[100:109].tolist()
     assert max(next(part.longest_pieces())) == every.tokens[100:200].max()
-    assert pickle.loads(pickle.dumps(part)).take(slice(0, 9)).tokens.tolist() == every.tokens[100:109].tolist()
+    assert pickle.loads(pickle.dumps(part)).slices([slice(0, 9)]).tokens.tolist() == every.tokens[100:109].tolist()
 
 
 def test_an_index_cut_while_in_use_is_named(tmp_path):

@@ -127,9 +127,9 @@ def test_lengths_from_the_index():
     assert lengths.tokens.tolist() == [10, 8] and lengths.patches.tolist() == [20, 20]
     assert lengths.spans.tolist() == [1, 2] and lengths.supervised.tolist() == [4, 6]
     assert lengths.tokens.dtype == np.int64  # unsigned columns would wrap around in differences
-    for without in (Lengths.from_index(index, helpers=False), IndexColumns(index, helpers=False).take(slice(2))):
+    for without in (Lengths.from_index(index, helpers=False), IndexColumns(index, helpers=False).slices([slice(2)])):
         assert without.patches.tolist() == [12, 0] and without.tokens.tolist() == [10, 8]
-    assert pickle.loads(pickle.dumps(IndexColumns(index, False))).take(slice(2)).patches.tolist() == [12, 0]
+    assert pickle.loads(pickle.dumps(IndexColumns(index, False))).slices([slice(2)]).patches.tolist() == [12, 0]
 
 
 def test_default_cost_is_qwen2_5_vl_7b():
